@@ -1,0 +1,147 @@
+"""Adapter folders: what a checkpoint is on disk.
+
+adapter_model.safetensors  A and B of every slot, fp32, under Tinker's names
+adapter_config.json        the LoRA settings, the base model, and a digest of the weights
+optimizer.safetensors      AdamW's moments (training checkpoints; its metadata has the step count)
+gradients.safetensors      accumulated gradients (runs that were put away whole)
+
+A folder appears with all of its files or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tinsmith.engine.commands import LoraSpec
+from tinsmith.engine.model.base import BaseModel
+from tinsmith.engine.model.lora import Layout
+from tinsmith.engine.runs import State
+
+PREFIX = "base_model.model."
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+OPTIMIZER, GRADIENTS = "optimizer.safetensors", "gradients.safetensors"
+
+
+class FolderError(Exception):
+    """An adapter folder cannot be written or read; the message says which and why."""
+
+
+def write(
+    path: str, model: BaseModel, layout: Layout, state: State, *, optimizer: bool, gradients: bool
+) -> int:
+    """Write a new folder at `path`; returns its size in bytes. Raises FolderError and leaves nothing then."""
+    target = Path(path)
+    if target.exists():
+        raise FolderError(f"{path} exists already")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        _save(temporary / WEIGHTS, _named(layout, state.params))
+        if optimizer and state.first is not None and state.second is not None:
+            moments = {"first": state.first, "second": state.second}
+            _save(temporary / OPTIMIZER, moments, {"step": str(state.step)})
+        if gradients and state.gradient is not None:
+            _save(temporary / GRADIENTS, {"gradient": state.gradient})
+        spec = layout.spec
+        config = {
+            "peft_type": "LORA",
+            "base_model_name_or_path": model.name,
+            "r": spec.rank,
+            "lora_alpha": spec.alpha,
+            "bias": "none",
+            "target_modules": sorted({s.name.rpartition(".")[2] for s in layout.slots}),
+            "tinsmith": {
+                **dataclasses.asdict(spec),
+                "fingerprint": model.fingerprint,
+                "digest": hashlib.sha256(state.params.cpu().numpy().data).hexdigest(),
+            },
+        }
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2))
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        size = sum(f.stat().st_size for f in temporary.iterdir())
+        os.rename(temporary, target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise FolderError(f"the checkpoint could not be written: {reason}. Earlier checkpoints are intact") from error
+    return size
+
+
+def read_spec(path: str, model: BaseModel) -> tuple[LoraSpec, str]:
+    """The adapter's settings and digest. Raises FolderError, also if it belongs to another base model."""
+    try:
+        config = json.loads((Path(path) / CONFIG).read_text())
+        own: dict[str, Any] = dict(config["tinsmith"])
+    except (OSError, ValueError, KeyError) as error:
+        raise FolderError(f"the checkpoint cannot be read: {type(error).__name__}: {error}") from error
+    fingerprint, digest = own.pop("fingerprint"), own.pop("digest")
+    if fingerprint != model.fingerprint:
+        raise FolderError(
+            f"the checkpoint was made on another base model than the {model.name} that is served now; "
+            "serve the base that it was made on"
+        )
+    return LoraSpec(**own), digest
+
+
+def read(path: str, layout: Layout, device: torch.device, *, optimizer: bool, gradients: bool) -> State:
+    """Read weights and, where asked for, moments and gradients. Raises FolderError."""
+    folder = Path(path)
+    try:
+        state = State(torch.empty(layout.size, dtype=torch.float32))
+        with safe_open(folder / WEIGHTS, framework="pt") as f:
+            for name, view in _named(layout, state.params).items():
+                view.copy_(f.get_tensor(name))
+        if optimizer and (folder / OPTIMIZER).exists():
+            with safe_open(folder / OPTIMIZER, framework="pt") as f:
+                state.first, state.second = f.get_tensor("first"), f.get_tensor("second")
+                state.step = int(f.metadata()["step"])
+        if gradients and (folder / GRADIENTS).exists():
+            with safe_open(folder / GRADIENTS, framework="pt") as f:
+                state.gradient = f.get_tensor("gradient")
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise FolderError(f"the checkpoint cannot be read: {error}") from error
+    return State(*(t.to(device) if isinstance(t, Tensor) else t for t in _fields(state)))  # type: ignore[arg-type]
+
+
+def remove(path: str) -> None:
+    """Delete a folder that nothing refers to any more."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _fields(state: State) -> list[Any]:
+    return [getattr(state, f.name) for f in dataclasses.fields(state)]
+
+
+def _named(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for name, (a, b) in layout.views(flat).items():
+        named[f"{PREFIX}{name}.lora_A.weight"] = a
+        named[f"{PREFIX}{name}.lora_B.weight"] = b
+    return named
+
+
+def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    save_file({k: v.detach().cpu().clone() for k, v in tensors.items()}, file, {"format": "pt", **(metadata or {})})
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

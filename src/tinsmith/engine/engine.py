@@ -1,0 +1,493 @@
+"""The engine: a state machine over commands, driven by `submit` and `step`.
+
+Each step is one clock cycle: due commands of every run, one training pass over blocks of whatever
+runs have work, and sampling steps for about as long as the pass took. Nothing here waits or blocks
+but the work itself; a process (process.py) or a test drives it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections import deque
+from pathlib import Path
+
+import torch
+import transformers
+
+from tinsmith.engine import adapter_files
+from tinsmith.engine.adapter_files import FolderError
+from tinsmith.engine.commands import (
+    Cancel,
+    Command,
+    CreateAdapter,
+    Done,
+    EngineConfig,
+    EngineInfo,
+    Failed,
+    ForwardBackward,
+    GetStatus,
+    LoadState,
+    ModelInfo,
+    OpenSampler,
+    OptimStep,
+    Publish,
+    ReleaseRun,
+    ReleaseSampler,
+    Sample,
+    SaveState,
+)
+from tinsmith.engine.exactness import failures
+from tinsmith.engine.memory import Budget, available_memory
+from tinsmith.engine.model.base import BaseModel, ModelError
+from tinsmith.engine.runs import Answer, Run
+from tinsmith.engine.sampler import Sampler
+from tinsmith.engine.snapshots import Snapshots
+from tinsmith.engine.training import TrainingJob, peak_bytes, run_pass
+from tinsmith.wire.training import ContentError, decode_request
+
+log = logging.getLogger(__name__)
+
+BODY_LIMIT = 256 << 20  # bytes of a decompressed forward_backward body
+PASS_ROWS = {"cpu": 4096, "cuda": 32768}  # rows of a training pass
+SHARED_PASS_ROWS = {"cpu": 512, "cuda": 8192}  # the same while samples are running
+JOBS_AHEAD = 16  # forward_backwards of one run that are decoded at a time
+
+
+class Engine:
+    """Base models on one device, with all their runs and samplers."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Loads the models. Raises ModelError."""
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.device = _device(config.device)
+        dtype = _dtype(config.dtype, self.device)
+        self.models: dict[str, BaseModel] = {}
+        self._inexact: dict[str, list[str]] = {}
+        for source in config.models:
+            model = BaseModel(source.name, source.path, self.device, dtype, config.max_context)
+            self.models[source.name] = model
+            self._inexact[source.name] = failures(model, config.max_rank) if self.device.type == "cpu" else ["CUDA"]
+            for reason in self._inexact[source.name]:
+                log.warning("%s: results depend on their company here: %s", source.name, reason)
+        weights = sum(m.nbytes for m in self.models.values())
+        self.budget = Budget.split(config.memory or available_memory(self.device), weights)
+        self.runs: dict[str, Run] = {}
+        self.snapshots = Snapshots(Path(config.spill_dir))
+        self._samplers = {
+            name: Sampler(model, cache_bytes=self.budget.cache // len(self.models))
+            for name, model in self.models.items()
+        }
+        self._turn: deque[str] = deque()  # runs, the one served longest ago first
+        self._clock = 0
+        self._trained_tokens = 0
+
+    # What it is
+
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            device=str(self.device),
+            exact=not any(self._inexact.values()),
+            versions={"torch": torch.__version__, "transformers": transformers.__version__},
+            models={name: self._model_info(model) for name, model in self.models.items()},
+        )
+
+    def _model_info(self, model: BaseModel) -> ModelInfo:
+        return ModelInfo(
+            name=model.name,
+            path=model.path,
+            architecture=type(model.module).__name__,
+            tokenizer_path=model.path,
+            vocab_size=model.vocab_size,
+            max_context=model.max_context,
+            max_rank=self.config.max_rank,
+            dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[model.dtype],
+            parameters=model.parameters,
+            fingerprint=model.fingerprint,
+            exact=not self._inexact[model.name],
+        )
+
+    def status(self) -> dict[str, object]:
+        """Figures of the moment; bytes where nothing else is said."""
+        return {
+            "exact": not any(self._inexact.values()),
+            "inexact": {name: list(reasons) for name, reasons in self._inexact.items() if reasons},
+            "runs": len(self.runs),
+            "runs_resident": sum(r.state is not None for r in self.runs.values()),
+            "samplers": len(self.snapshots.entries),
+            "samplers_resident": sum(s.weights is not None for s in self.snapshots.entries.values()),
+            "samples_pending": sum(s.pending for s in self._samplers.values()),
+            "commands_waiting": sum(len(r.waiting) + len(r.jobs) for r in self.runs.values()),
+            "adapter_bytes": self._adapter_bytes(),
+            "adapter_budget_bytes": self.budget.adapters,
+            "cache_budget_bytes": self.budget.cache,
+            "model_bytes": sum(m.nbytes for m in self.models.values()),
+            "trained_tokens": self._trained_tokens,
+        }
+
+    # Commands
+
+    def submit(self, command: Command, answer: Answer) -> None:
+        """Take a command; `answer` is called once, now or in a later step."""
+        self._clock += 1
+        try:
+            self._take(command, answer)
+        except (ContentError, FolderError) as error:
+            answer(Failed(str(error)))
+        except Exception as error:
+            log.exception("%s failed", type(command).__name__)
+            answer(Failed(f"{type(command).__name__} failed: {_text(error)}", "server"))
+
+    def _take(self, command: Command, answer: Answer) -> None:
+        match command:
+            case CreateAdapter():
+                self._create(command)
+                answer(Done({}))
+            case OpenSampler():
+                self.snapshots.open(command.sampler, self._model(command.model), command.path)
+                answer(Done({}))
+            case ReleaseSampler():
+                weights = self.snapshots.release(command.sampler)
+                still_used = any(s.weights is weights for s in self.snapshots.entries.values())
+                if weights is not None and not still_used:
+                    for sampler in self._samplers.values():
+                        sampler.release(weights)
+                answer(Done({}))
+            case Sample():
+                self._sample(command, answer)
+            case Cancel():
+                for sampler in self._samplers.values():
+                    sampler.cancel(command.request)
+                answer(Done({}))
+            case GetStatus():
+                answer(Done(self.status()))
+            case _:
+                run = self.runs.get(command.run)
+                if run is None:
+                    raise ContentError(f"run {command.run} is not on this engine")
+                run.waiting.append((command, answer))
+
+    def _model(self, name: str) -> BaseModel:
+        model = self.models.get(name)
+        if model is None:
+            raise ContentError(f"base model {name!r} is not served here; served are: {', '.join(self.models)}")
+        return model
+
+    def _create(self, command: CreateAdapter) -> None:
+        model, spec = self._model(command.model), command.lora
+        if command.run in self.runs:
+            raise ContentError(f"run {command.run} exists already")
+        if not 1 <= spec.rank <= self.config.max_rank:
+            raise ContentError(f"lora_config.rank is {spec.rank}; it must be from 1 to {self.config.max_rank}")
+        if not (spec.train_attn or spec.train_mlp or spec.train_unembed):
+            raise ContentError("lora_config: at least one of train_attn, train_mlp and train_unembed must be true")
+        try:
+            run = Run.create(command.run, model, spec)
+        except ValueError as error:
+            raise ContentError(f"lora_config: {error}") from error
+        if run.nbytes * 4 > self.budget.adapters:
+            raise ContentError(
+                f"an adapter of rank {spec.rank} needs up to {run.nbytes * 4} bytes with its optimizer; "
+                f"this server keeps {self.budget.adapters} bytes for adapters"
+            )
+        run.used = self._clock
+        self.runs[command.run] = run
+        self._turn.append(command.run)
+        self._make_room()
+
+    def _sample(self, command: Sample, answer: Answer) -> None:
+        model = self._model(command.model)
+        weights = None
+        if command.sampler is not None:
+            try:
+                model, weights = self.snapshots.weights(command.sampler, self._clock)
+            except KeyError:
+                raise ContentError(
+                    f"sampler {command.sampler} is not on this engine: its weights were not saved under a name, and "
+                    "the engine has restarted since, or its session has ended. Save them again"
+                ) from None
+            self._make_room(keep=command.sampler)
+        self._samplers[model.name].add(command, weights, answer)
+
+    # The clock
+
+    def step(self) -> bool:
+        """One cycle. True while there is more work."""
+        self._clock += 1
+        for name in list(self._turn):
+            self._advance(self.runs[name])
+        started = time.perf_counter()
+        trained = self._train()
+        spent = time.perf_counter() - started
+        more = any(run.waiting or run.jobs for run in self.runs.values())
+        started = time.perf_counter()
+        for sampler in self._samplers.values():
+            while sampler.pending:
+                more |= sampler.step()
+                if not trained or time.perf_counter() - started >= spent:
+                    break
+        return more
+
+    def _advance(self, run: Run) -> None:
+        """Carry out what is due of one run, up to forward_backwards, which become jobs."""
+        while run.waiting:
+            command, answer = run.waiting[0]
+            if isinstance(command, ForwardBackward):
+                if len(run.jobs) >= JOBS_AHEAD:
+                    return
+                run.waiting.popleft()
+                self._start(run, command, answer)
+                continue
+            if run.jobs:
+                return
+            run.waiting.popleft()
+            run.used = self._clock
+            try:
+                answer(self._execute(run, command))
+            except (ContentError, FolderError) as error:
+                answer(Failed(str(error)))
+            except Exception as error:
+                log.exception("%s of run %s failed", type(command).__name__, run.name)
+                answer(Failed(f"{type(command).__name__} failed: {_text(error)}", "server"))
+
+    def _start(self, run: Run, command: ForwardBackward, answer: Answer) -> None:
+        run.used = self._clock
+        try:
+            request = decode_request(command.body, command.encoding, BODY_LIMIT)
+            self._bring_back(run)
+            job = TrainingJob(request, run.model, run.layout, run.weights)
+            self._fits(job)
+        except (ContentError, FolderError) as error:
+            answer(Failed(str(error)))
+        except Exception as error:
+            log.exception("forward_backward %d of run %s failed", command.seq_id, run.name)
+            answer(Failed(f"forward_backward failed: {_text(error)}", "server"))
+        else:
+            job.answer = answer
+            run.jobs.append(job)
+
+    def _fits(self, job: TrainingJob) -> None:
+        """Refuse a sequence whose pass would not fit by itself."""
+        for index, sequence in enumerate(job.sequences):
+            length = sequence.tokens.numel()
+            need = peak_bytes(job.model, length, length, not job.forward_only)
+            if need > self.budget.passes:
+                raise ContentError(
+                    f"data[{index}] has {length} tokens, for which a pass needs about {need} bytes; this server has "
+                    f"{self.budget.passes} for it. Send a shorter sequence, or serve with more --memory"
+                )
+
+    def _execute(self, run: Run, command: OptimStep | SaveState | LoadState | Publish | ReleaseRun) -> Done:
+        match command:
+            case OptimStep():
+                self._bring_back(run)
+                metrics = run.optimize(command.params)
+                self._make_room(keep=run.name)
+                return Done({"metrics": metrics} if metrics else {})
+            case SaveState():
+                self._bring_back(run)
+                size = adapter_files.write(
+                    command.path, run.model, run.layout, run.live, optimizer=True, gradients=command.gradients
+                )
+                return Done({"size_bytes": size})
+            case LoadState():
+                spec, _ = adapter_files.read_spec(command.path, run.model)
+                _same_shape(run, spec)
+                state = adapter_files.read(
+                    command.path,
+                    run.layout,
+                    run.model.device,
+                    optimizer=command.optimizer,
+                    gradients=command.gradients,
+                )
+                self._drop_spill(run)
+                run.replace(state)
+                self._make_room(keep=run.name)
+                return Done({})
+            case Publish():
+                self._bring_back(run)
+                written = None
+                if command.path is not None:
+                    written = adapter_files.write(
+                        command.path, run.model, run.layout, run.live, optimizer=False, gradients=False
+                    )
+                self.snapshots.publish(command.sampler, run.model, run.layout, run.weights, command.path)
+                self.snapshots.entries[command.sampler].used = self._clock
+                self._make_room(keep=command.sampler)
+                return Done({"size_bytes": written})
+            case ReleaseRun():
+                self._drop_spill(run)
+                del self.runs[run.name]
+                self._turn.remove(run.name)
+                return Done({})
+
+    # Training
+
+    def _train(self) -> bool:
+        """One pass over blocks of the runs that have work, in turns. False if there was none."""
+        work: list[tuple[TrainingJob, int]] = []
+        busy = any(s.pending for s in self._samplers.values())
+        limit = (SHARED_PASS_ROWS if busy else PASS_ROWS)[self.device.type]
+        rows = longest = 0
+        ahead = {id(job): job.next for run in self.runs.values() for job in run.jobs}
+        lead: TrainingJob | None = None
+        progress = True
+        while progress:
+            progress = False
+            for name in list(self._turn):
+                job = next((j for j in self.runs[name].jobs if ahead[id(j)] < len(j.cuts)), None)
+                if job is None or (lead is not None and not _together(lead, job)):
+                    continue
+                cut = job.cuts[ahead[id(job)]]
+                grown = max(longest, cut.rows)
+                need = peak_bytes(job.model, rows + cut.rows, grown, not job.forward_only)
+                if work and (rows + cut.rows > limit or need > self.budget.passes):
+                    continue
+                lead = lead or job
+                work.append((job, ahead[id(job)]))
+                ahead[id(job)] += 1
+                rows, longest, progress = rows + cut.rows, grown, True
+                self._turn.remove(name)
+                self._turn.append(name)
+                if job.alone:
+                    progress = False
+                    break
+        if not work:
+            return False
+        jobs = list({id(job): job for job, _ in work}.values())
+        try:
+            run_pass([(job, job.cuts[index]) for job, index in work])
+        except Exception as error:
+            self._pass_failed(jobs, error)
+        else:
+            for job, index in work:
+                job.next = index + 1
+        for run in self.runs.values():
+            self._finish(run)
+        return True
+
+    def _pass_failed(self, jobs: list[TrainingJob], error: Exception) -> None:
+        """A pass changed nothing but its own jobs: start them anew, each alone; one that was alone has failed."""
+        if len(jobs) == 1 and jobs[0].alone:
+            log.error("a training pass failed", exc_info=error)
+            jobs[0].failure = f"forward_backward failed: {_text(error)}. Nothing was accumulated"
+            return
+        log.warning("a training pass of %d requests failed, trying each alone: %s", len(jobs), _text(error))
+        for job in jobs:
+            job.restart()
+            job.alone = True
+
+    def _finish(self, run: Run) -> None:
+        """Answer finished jobs, in the order of their seq_ids."""
+        while run.jobs and (run.jobs[0].done or run.jobs[0].failure):
+            job = run.jobs.popleft()
+            if job.failure:
+                job.answer(Failed(job.failure, "server"))
+                continue
+            try:
+                payload = job.result()
+            except ContentError as error:
+                job.answer(Failed(str(error)))
+                continue
+            if job.gradients is not None:
+                run.accumulate(job.gradients)
+                self._make_room(keep=run.name)
+            self._trained_tokens += job.tokens
+            job.answer(Done(payload, {"train": job.tokens}))
+
+    # Memory
+
+    def _adapter_bytes(self) -> int:
+        """Resident bytes of runs and snapshots; weights that several share count once."""
+        states = sum(r.state.nbytes for r in self.runs.values() if r.state is not None)
+        shared = {id(w): w.nbytes for r in self.runs.values() if (w := r.made_weights) is not None}
+        shared |= {id(w): w.nbytes for s in self.snapshots.entries.values() if (w := s.weights) is not None}
+        return states + sum(shared.values())
+
+    def _make_room(self, keep: str | None = None) -> None:
+        """Put away what was used longest ago until runs and snapshots are within their bound."""
+        if self._adapter_bytes() <= self.budget.adapters:
+            return
+        idle_runs = [
+            (r.used, r.name, True)
+            for r in self.runs.values()
+            if r.state is not None and not r.waiting and not r.jobs and r.name != keep
+        ]
+        snapshots = [
+            (s.used, name, False)
+            for name, s in self.snapshots.entries.items()
+            if s.weights is not None and name != keep
+        ]
+        for _, name, is_run in sorted(idle_runs + snapshots):
+            try:
+                if is_run:
+                    self._put_away(self.runs[name])
+                else:
+                    self.snapshots.evict(name)
+            except (FolderError, OSError) as error:
+                log.warning("%s could not be put away: %s", name, error)
+            if self._adapter_bytes() <= self.budget.adapters:
+                return
+
+    def _put_away(self, run: Run) -> None:
+        path = str(Path(self.config.spill_dir) / f"run-{uuid.uuid4().hex}")
+        adapter_files.write(path, run.model, run.layout, run.live, optimizer=True, gradients=True)
+        run.spilled = path
+        run.replace(None)
+
+    def _bring_back(self, run: Run) -> None:
+        if run.state is None and run.spilled is not None:
+            run.replace(
+                adapter_files.read(run.spilled, run.layout, run.model.device, optimizer=True, gradients=True)
+            )
+            self._drop_spill(run)
+            self._make_room(keep=run.name)
+
+    def _drop_spill(self, run: Run) -> None:
+        if run.spilled is not None:
+            adapter_files.remove(run.spilled)
+            run.spilled = None
+
+
+def _together(lead: TrainingJob, job: TrainingJob) -> bool:
+    """Whether two jobs may share a pass."""
+    return (
+        job.model is lead.model
+        and job.forward_only == lead.forward_only
+        and (not lead.alone or job is lead)
+        and (not job.alone or job is lead)
+    )
+
+
+def _same_shape(run: Run, spec: object) -> None:
+    own = run.layout.spec
+    for name in ("rank", "alpha", "train_attn", "train_mlp", "train_unembed"):
+        theirs = getattr(spec, name)
+        if theirs != getattr(own, name):
+            raise ContentError(
+                f"the checkpoint has {name} {theirs}, this run has {getattr(own, name)}; create the training client "
+                "from the checkpoint instead (create_training_client_from_state)"
+            )
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bf16 on a GPU and on CPUs with instructions for it, else fp32."""
+    if name == "auto":
+        fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

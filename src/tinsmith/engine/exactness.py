@@ -1,0 +1,89 @@
+"""Whether this machine's products give a row the same bits whatever stands beside it.
+
+The engine pads rows to multiples of ROWS, keeps attention to fixed shapes and adds gradients over blocks
+that a request alone decides. That makes results exact wherever a matrix product's rows do not depend
+on their number once they are padded. Which products do that is the machine's and the library's affair,
+so it is tried at start, on the very shapes that the model uses, and reported.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinsmith.engine.model.attention import PAGE, ROWS, PackedAttention, attend, round_up
+from tinsmith.engine.model.base import BaseModel
+
+_COUNTS = (1, 2, 3, 5, 11)  # how many times ROWS: odd counts reach the kernels' remainders
+
+
+@torch.no_grad()
+def is_exact(model: BaseModel, max_rank: int) -> bool:
+    """True if every product of the model, its adapters and its attention passed."""
+    return not failures(model, max_rank)
+
+
+@torch.no_grad()
+def failures(model: BaseModel, max_rank: int) -> list[str]:
+    """What is not row-invariant here: descriptions, empty where all is exact."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(model.device, model.dtype)
+
+    found: list[str] = []
+    shapes = {(s.in_features, s.out_features) for s in model.slots}
+    ranks = {round_up(r, ROWS) for r in (1, 32, max_rank)}
+    products = {(i, o) for i, o in shapes if i * o <= 1 << 26}
+    products |= {(i, r) for i, _ in shapes for r in ranks} | {(r, o) for _, o in shapes for r in ranks}
+    products |= {(o, i) for i, o in products}
+    for inner, outer in sorted(products):
+        if not _rows_hold(random(max(_COUNTS) * ROWS * 2, inner), random(outer, inner) * inner**-0.5):
+            found.append(f"linear {inner} -> {outer} in {model.dtype}")
+    for shape in dict.fromkeys(model.attention_layers):
+        group = max(1, int(model.config.num_attention_heads) // shape.kv_heads)
+        if not _attention_holds(shape.kv_heads, group, shape.key_dim, shape.value_dim, random):
+            found.append(f"attention with heads of {shape.key_dim} in {model.dtype}")
+    table = random(max(_COUNTS) * ROWS, model.vocab_size)
+    if any(not torch.equal(model.log_softmax(table[:n]), model.log_softmax(table)[:n]) for n in (1, ROWS, 3 * ROWS)):
+        found.append(f"log_softmax over {model.vocab_size}")
+    return found
+
+
+def _rows_hold(x: Tensor, weight: Tensor) -> bool:
+    whole, back = F.linear(x, weight), x @ weight.T.contiguous()
+    for count in _COUNTS:
+        for start in (0, ROWS * max(_COUNTS)):
+            rows = slice(start, start + count * ROWS)
+            if not torch.equal(F.linear(x[rows], weight), whole[rows]):
+                return False
+            if not torch.equal(x[rows] @ weight.T.contiguous(), back[rows]):
+                return False
+    return True
+
+
+def _attention_holds(kv_heads: int, group: int, key_dim: int, value_dim: int, random: object) -> bool:
+    """Decode rows, a short prefix and a larger batch against one whole sequence."""
+    length = 3 * PAGE
+    make = random  # type: ignore[assignment]
+    q = make(1, kv_heads * group, length, key_dim)  # type: ignore[operator]
+    k, v = make(1, kv_heads, length, key_dim), make(1, kv_heads, length, value_dim)  # type: ignore[operator]
+    scale = key_dim**-0.5
+    whole = PackedAttention.apply(q, k, v, scale, None, None)
+    prefix = PackedAttention.apply(q[:, :, :PAGE], k[:, :, :PAGE], v[:, :, :PAGE], scale, None, None)
+    twice = PackedAttention.apply(*(torch.cat([x.flip(2), x]) for x in (q, k, v)), scale, None, None)
+    if not (torch.equal(prefix, whole[:, :, :PAGE]) and torch.equal(twice[1:], whole)):
+        return False
+    keys, values = (x.float().unflatten(2, (-1, PAGE)) for x in (k, v))
+    rows = round_up(group, ROWS)
+    for position in (0, PAGE - 1, PAGE, 2 * PAGE + 5):
+        one = torch.zeros(1, kv_heads, rows, key_dim, device=q.device)
+        one[:, :, :group] = q[:, :, position].float().view(1, kv_heads, group, key_dim)
+        where = torch.full((1, rows), -1, device=q.device)
+        where[:, :group] = position
+        pages = position // PAGE + 1
+        out = attend(one, keys[:, :, :pages], values[:, :, :pages], where, scale)[:, :, :group]
+        if not torch.equal(out.reshape(1, kv_heads * group, value_dim).to(q.dtype), whole[:, :, position]):
+            return False
+    return True

@@ -1,0 +1,20 @@
+"""The losses that forward_backward knows, each in a file of its own.
+
+A loss is a function of the target tokens' logprobs, token by token; reduction is a sum over tokens,
+datums and calls. Formulas: https://tinker-docs.thinkingmachines.ai/losses and docs/losses.md.
+"""
+
+from __future__ import annotations
+
+from tinsmith.engine.losses.base import Inputs, Loss
+from tinsmith.engine.losses.cispo import CISPO
+from tinsmith.engine.losses.cross_entropy import CROSS_ENTROPY
+from tinsmith.engine.losses.dro import DRO
+from tinsmith.engine.losses.importance_sampling import IMPORTANCE_SAMPLING
+from tinsmith.engine.losses.ppo import PPO
+
+LOSSES: dict[str, Loss] = {
+    loss.name: loss for loss in (CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO)
+}
+
+__all__ = ["LOSSES", "Inputs", "Loss"]

@@ -1,0 +1,17 @@
+"""cross_entropy = sum(-logprob * weights); without weights every target counts 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from tinsmith.engine.losses.base import Inputs, Loss
+
+
+def _value(logprobs: Tensor, inputs: Inputs, config: Mapping[str, float]) -> Tensor:
+    weights = inputs.get("weights")
+    return -logprobs if weights is None else -logprobs * weights
+
+
+CROSS_ENTROPY = Loss("cross_entropy", _value, optional=("weights",), many_targets=True)

@@ -1,0 +1,183 @@
+"""Mixture-of-experts layers with adapters, through transformers' experts interface.
+
+Token-expert pairs are sorted by (expert, unit), a unit being a training block or a sampling segment,
+and each group is padded to ROWS rows. So the rows of a product, and the gradient of an expert's
+factors, depend on the unit's own tokens alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinsmith.engine.model.attention import ROWS
+from tinsmith.engine.model.lora import AdapterWeights, Gradients, Slot
+from tinsmith.engine.model.packing import Pass, Segment, current_pass
+
+
+@dataclass(slots=True)
+class _Group:
+    """Padded rows [start, stop) of one expert and one unit."""
+
+    expert: int
+    start: int
+    stop: int
+    weights: AdapterWeights | None
+    gradients: Gradients | None
+
+
+@dataclass(slots=True)
+class _Plan:
+    groups: list[_Group]
+    spans: list[tuple[int, int, int]]  # (expert, start, stop): an expert's groups together
+    place: Tensor  # int64 [tokens * k]: the padded row of each token-expert pair
+    rows: int
+
+
+def _plan(this: Pass, experts: Tensor, count: int) -> _Plan:
+    """Where each pair of `experts` [tokens, k] goes."""
+    tokens, k = experts.shape
+    units: list[tuple[AdapterWeights | None, Gradients | None]] = []
+    unit_of_row = torch.zeros(tokens, dtype=torch.int64)
+    for segment in this.segments:
+        for start, stop, gradients in _units(segment):
+            unit_of_row[start:stop] = len(units)
+            units.append((segment.weights, gradients))
+    n = len(units)
+    key = (experts.cpu() * n + unit_of_row[:, None]).flatten()
+    order = torch.argsort(key, stable=True)
+    sizes = torch.bincount(key, minlength=count * n)
+    padded = (sizes + ROWS - 1) // ROWS * ROWS
+    starts = torch.cumsum(padded, 0) - padded
+    within = torch.arange(tokens * k) - (torch.cumsum(sizes, 0) - sizes)[key[order]]
+    place = torch.empty(tokens * k, dtype=torch.int64)
+    place[order] = starts[key[order]] + within
+    groups, spans = [], []
+    for index in sizes.nonzero().flatten().tolist():
+        expert, unit = divmod(index, n)
+        start, stop = int(starts[index]), int(starts[index] + padded[index])
+        groups.append(_Group(expert, start, stop, *units[unit]))
+        if spans and spans[-1][0] == expert:
+            spans[-1] = (expert, spans[-1][1], stop)
+        else:
+            spans.append((expert, start, stop))
+    return _Plan(groups, spans, place.to(experts.device), int(padded.sum()))
+
+
+def _units(segment: Segment) -> list[tuple[int, int, Gradients | None]]:
+    if segment.blocks:
+        return [(b.start, b.stop, b.gradients) for b in segment.blocks]
+    return [(segment.start, segment.stop, None)]
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """y[rows of expert e] = x W_e^T + b_e + each group's own LoRA on each part of the output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        plan: _Plan,
+        parts: list[tuple[str, slice]],
+    ) -> Tensor:
+        """weight: [E, out, in]; parts: (slot name, columns of the output)."""
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        for expert, start, stop in plan.spans:
+            y[start:stop] = F.linear(x[start:stop], weight[expert], None if bias is None else bias[expert])
+        hidden: list[Tensor] = []
+        for group in plan.groups:
+            rows = slice(group.start, group.stop)
+            for name, columns in parts:
+                ab = _factors(group, name)
+                if ab is not None:
+                    hidden.append(F.linear(x[rows], ab[0]))
+                    y[rows, columns] += F.linear(hidden[-1], ab[1])
+        ctx.save_for_backward(x, weight, *hidden)
+        ctx.plan, ctx.parts = plan, parts
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, weight, *saved = ctx.saved_tensors
+        hidden = iter(saved)
+        dx = torch.empty_like(x)
+        for expert, start, stop in ctx.plan.spans:
+            dx[start:stop] = dy[start:stop] @ weight[expert]
+        for group in ctx.plan.groups:
+            rows = slice(group.start, group.stop)
+            for name, columns in ctx.parts:
+                ab = _factors(group, name)
+                if ab is None:
+                    continue
+                h, part = next(hidden), dy[rows, columns].contiguous()
+                dh = part @ ab[1]
+                dx[rows] += dh @ ab[0]
+                if group.gradients is not None:
+                    group.gradients.add(name, group.expert, x[rows], h, part, dh)
+        return dx, None, None, None, None
+
+
+def _factors(group: _Group, name: str) -> tuple[Tensor, Tensor] | None:
+    ab = group.weights.get(name) if group.weights is not None else None
+    if ab is None:
+        return None
+    a, b = ab
+    return (a[group.expert] if a.dim() == 3 else a), (b[group.expert] if b.dim() == 3 else b)
+
+
+def expert_slots(name: str, module: nn.Module) -> list[Slot]:
+    """The slots of an experts module: w1 (gate) and w3 (up) share A, w2 (down) shares B, Tinker's names.
+
+    Without a gate there is no w1.
+    """
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    e, hidden, inner = _dims(up, module.is_transposed)
+    inner = inner // 2 if module.has_gate else inner
+    ups = ["w1", "w3"] if module.has_gate else ["w3"]
+    slots = [Slot(f"{name}.{w}", "mlp", hidden, inner, e, "A") for w in ups]
+    return [*slots, Slot(f"{name}.w2", "mlp", inner, hidden, e, "B")]
+
+
+def _dims(weight: Tensor, transposed: bool) -> tuple[int, int, int]:
+    """(experts, in, out) of a 3-D weight."""
+    e, a, b = weight.shape
+    return (e, a, b) if transposed else (e, b, a)
+
+
+def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """transformers' experts interface: hidden [tokens, H], both others [tokens, k] -> [tokens, H]."""
+    this = current_pass()
+    if this is None:
+        raise RuntimeError("experts run inside a pass only")
+    up, up_bias = (
+        (self.gate_up_proj, getattr(self, "gate_up_proj_bias", None))
+        if self.has_gate
+        else (self.up_proj, getattr(self, "up_proj_bias", None))
+    )
+    down, down_bias = self.down_proj, getattr(self, "down_proj_bias", None)
+    if self.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    plan = _plan(this, top_k_index, up.shape[0])
+    tokens, k = top_k_index.shape
+    pairs = torch.arange(tokens, device=hidden.device).repeat_interleave(k)
+    x = hidden.new_zeros(plan.rows, hidden.shape[1]).index_copy(0, plan.place, hidden.index_select(0, pairs))
+    name = self.tinsmith_name
+    if self.has_gate:
+        inner = up.shape[1] // 2
+        gate, rest = (
+            (slice(0, inner), slice(inner, None)) if self.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
+        )
+        y = _GroupedLinear.apply(x, up, up_bias, plan, [(f"{name}.w1", gate), (f"{name}.w3", rest)])
+        y = self._apply_gate(y)
+    else:
+        y = self.act_fn(_GroupedLinear.apply(x, up, up_bias, plan, [(f"{name}.w3", slice(None))]))
+    z = _GroupedLinear.apply(y, down, down_bias, plan, [(f"{name}.w2", slice(None))])
+    out = z.index_select(0, plan.place).view(tokens, k, -1) * top_k_weights.unsqueeze(-1)
+    return out.sum(dim=1).to(hidden.dtype)

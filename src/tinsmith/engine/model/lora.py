@@ -1,0 +1,226 @@
+"""Multi-adapter LoRA: which matrices an adapter has, its weights, and the linear layer that applies them.
+
+y = W x + (alpha / rank) * B (A x), for every adapter on its own rows. The base weights are frozen and
+shared. A and B are no inputs of autograd: the backward pass adds dA and dB, in fp32, to the
+gradients of the block's own request, block after block, so that neither batching nor other tenants
+change a bit of them.
+
+Experts (3-D weights) share the factor on the hidden side among the experts of a layer, the other
+factor is per expert, as in Tinker's own adapter format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinsmith.engine.commands import LoraSpec
+from tinsmith.engine.model.attention import ROWS, round_up
+from tinsmith.engine.model.packing import Pass, current_pass
+
+Group = Literal["attn", "mlp", "unembed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One matrix that can have an adapter. `experts` is 0 for a plain linear layer.
+
+    A is [r, in], B is [out, r]; with experts, the factor that is not `shared` has the expert as its
+    first dimension.
+    """
+
+    name: str
+    group: Group
+    in_features: int
+    out_features: int
+    experts: int = 0
+    shared: Literal["A", "B", ""] = ""
+
+    def shape_a(self, rank: int) -> tuple[int, ...]:
+        per_expert = (self.experts,) if self.experts and self.shared != "A" else ()
+        return (*per_expert, rank, self.in_features)
+
+    def shape_b(self, rank: int) -> tuple[int, ...]:
+        per_expert = (self.experts,) if self.experts and self.shared != "B" else ()
+        return (*per_expert, self.out_features, rank)
+
+
+class Layout:
+    """Where an adapter's matrices lie in its flat fp32 buffer: A and B of every slot, one after the other."""
+
+    def __init__(self, slots: list[Slot], spec: LoraSpec) -> None:
+        wanted = {"attn": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}
+        self.spec = spec
+        self.slots = [s for s in slots if wanted[s.group]]
+        if not self.slots:
+            raise ValueError(
+                "none of train_attn, train_mlp and train_unembed selects a layer of this model; set at least one"
+            )
+        self.ranges: dict[str, tuple[int, tuple[int, ...], int, tuple[int, ...]]] = {}
+        at = 0
+        for slot in self.slots:
+            a, b = slot.shape_a(spec.rank), slot.shape_b(spec.rank)
+            size_a, size_b = _numel(a), _numel(b)
+            self.ranges[slot.name] = (at, a, at + size_a, b)
+            at += size_a + size_b
+        self.size = at
+
+    def views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """(A, B) of every slot as views of `flat`."""
+        return {
+            name: (flat[a : a + _numel(sa)].view(sa), flat[b : b + _numel(sb)].view(sb))
+            for name, (a, sa, b, sb) in self.ranges.items()
+        }
+
+    def initialize(self) -> Tensor:
+        """Fresh weights: A uniform in +-1/sqrt(in) as PEFT's default, B zero.
+
+        Each slot draws from its own generator, so that a matrix depends on the seed and its name
+        alone and not on which other matrices are trained.
+        """
+        flat = torch.zeros(self.size, dtype=torch.float32)
+        for slot in self.slots:
+            digest = hashlib.sha256(f"{self.spec.seed}:{slot.name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            a, _ = self.views(flat)[slot.name]
+            bound = slot.in_features**-0.5
+            a.uniform_(-bound, bound, generator=generator)
+        return flat
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    n = 1
+    for x in shape:
+        n *= x
+    return n
+
+
+class AdapterWeights:
+    """An adapter's weights as the model computes with them: the base's dtype, the rank padded to a
+    multiple of ROWS with zeros (a product with few columns takes kernels that are not row-invariant),
+    alpha / rank folded into B. Immutable: an optimizer step makes new ones.
+    """
+
+    __slots__ = ("__weakref__", "_a", "_b", "nbytes", "serial")
+    _serials = itertools.count(1)
+
+    def __init__(self, layout: Layout, flat: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        scale, rank = layout.spec.alpha / layout.spec.rank, layout.spec.rank
+        padding = round_up(rank, ROWS) - rank
+        a = {n: F.pad(x, (0, 0, 0, padding)).to(device, dtype) for n, (x, _) in layout.views(flat).items()}
+        b = {n: F.pad(x * scale, (0, padding)).to(device, dtype) for n, (_, x) in layout.views(flat).items()}
+        self._fill(a, b)
+
+    def _fill(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+        self._a, self._b = a, b
+        self.nbytes = sum(x.numel() * x.element_size() for x in (*a.values(), *b.values()))
+        self.serial = next(AdapterWeights._serials)  # identity that is never used again, unlike id()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, for a file; `restore` reads it."""
+        named = {f"{n}.A": x for n, x in self._a.items()} | {f"{n}.B": x for n, x in self._b.items()}
+        return {n: x.cpu().contiguous() for n, x in named.items()}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], device: torch.device) -> AdapterWeights:
+        """The weights that `tensors` was made from, bit for bit."""
+        weights = cls.__new__(cls)
+        weights._fill(
+            {n[:-2]: x.to(device) for n, x in tensors.items() if n.endswith(".A")},
+            {n[:-2]: x.to(device) for n, x in tensors.items() if n.endswith(".B")},
+        )
+        return weights
+
+    def get(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """(A, scaled B) of a slot, or None where it is not trained."""
+        a = self._a.get(name)
+        return None if a is None else (a, self._b[name])
+
+
+class Gradients:
+    """fp32 gradients of one request (or one run): a flat buffer beside the adapter's."""
+
+    __slots__ = ("flat", "rank", "scale", "views")
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.flat = torch.zeros(layout.size, dtype=torch.float32, device=device)
+        self.views = layout.views(self.flat)
+        self.rank = layout.spec.rank
+        self.scale = layout.spec.alpha / layout.spec.rank
+
+    def add(self, name: str, expert: int | None, x: Tensor, h: Tensor, dy: Tensor, dh: Tensor) -> None:
+        """Add one block's dA = dh^T x and dB = scale dy^T h.
+
+        x: [n, in], h = A x: [n, padded r], dy: [n, out], dh = dy (scaled B): [n, padded r].
+        """
+        a, b = self.views[name]
+        if expert is not None:
+            a = a[expert] if a.dim() == 3 else a
+            b = b[expert] if b.dim() == 3 else b
+        a.addmm_(dh[:, : self.rank].float().T, x.float())
+        b.addmm_(dy.float().T, h[:, : self.rank].float(), alpha=self.scale)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, this: Pass
+    ) -> Tensor:
+        y = F.linear(x, weight, bias)
+        hidden: list[Tensor | None] = []
+        for segment in this.segments:
+            ab = segment.weights.get(name) if segment.weights is not None else None
+            if ab is None:
+                hidden.append(None)
+                continue
+            h = F.linear(x[segment.start : segment.stop], ab[0])
+            y[segment.start : segment.stop] += F.linear(h, ab[1])
+            hidden.append(h)
+        ctx.save_for_backward(x, weight, *[h for h in hidden if h is not None])
+        ctx.has, ctx.name, ctx.this = [h is not None for h in hidden], name, this
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, weight, *saved = ctx.saved_tensors
+        hidden = iter(saved)
+        dx = dy @ weight
+        for segment, has in zip(ctx.this.segments, ctx.has, strict=True):
+            if not has:
+                continue
+            h, (a, b) = next(hidden), segment.weights.get(ctx.name)
+            rows = slice(segment.start, segment.stop)
+            dh = dy[rows] @ b
+            dx[rows] += dh @ a
+            for block in segment.blocks:
+                inner = slice(block.start - segment.start, block.stop - segment.start)
+                outer = slice(block.start, block.stop)
+                block.gradients.add(ctx.name, None, x[outer], h[inner], dy[outer], dh[inner])
+        return dx, None, None, None, None
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer that applies each row's own adapter."""
+
+    def __init__(self, base: nn.Linear, slot: Slot) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.bias = base.bias
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.slot = slot
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., rows, in] of the current pass's rows -> [..., rows, out]."""
+        this = current_pass()
+        if this is None:
+            return F.linear(x, self.weight, self.bias)
+        flat = x.reshape(-1, self.in_features)
+        y: Tensor = _LoraLinear.apply(flat, self.weight, self.bias, self.slot.name, this)
+        return y.view(*x.shape[:-1], self.out_features)

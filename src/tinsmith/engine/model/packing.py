@@ -1,0 +1,131 @@
+"""What the replaced parts of a model need to know about the rows that are going through it.
+
+All tokens of a pass stand in one packed row dimension, [1, rows]. Rows are grouped in segments, one
+per adapter (or the base model), and a training segment in blocks, each a piece of one request that
+was cut by that request alone. Segments and blocks start and end on multiples of ROWS, because that
+is what makes a matrix product's rows independent of their number (see exactness.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from tinsmith.engine.model.attention import PAGE, PackedAttention, round_up
+
+if TYPE_CHECKING:  # lora imports this module
+    from tinsmith.engine.model.lora import AdapterWeights, Gradients
+
+
+@dataclass(slots=True)
+class Block:
+    """Rows [start, stop) of one request, whose LoRA gradients go to `gradients`."""
+
+    start: int
+    stop: int
+    gradients: Gradients
+
+
+@dataclass(slots=True)
+class Segment:
+    """Rows [start, stop) that meet one adapter, or none. `blocks` lie in it, in order, when gradients are wanted."""
+
+    start: int
+    stop: int
+    weights: AdapterWeights | None
+    blocks: list[Block] = field(default_factory=list)
+
+
+class AttentionBackend(Protocol):
+    """Attention of one layer over a pass's rows."""
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """q: [Hq, rows, Dk], k: [Hkv, rows, Dk], v: [Hkv, rows, Dv] -> [rows, Hq, Dv], all in the model's dtype."""
+
+
+@dataclass(slots=True)
+class Pass:
+    """One trip of packed rows through the model."""
+
+    segments: Sequence[Segment]
+    attention: AttentionBackend | None = None
+
+
+_current: ContextVar[Pass | None] = ContextVar("tinsmith_pass", default=None)
+
+
+def current_pass() -> Pass | None:
+    """The pass whose rows are going through the model now."""
+    return _current.get()
+
+
+@contextmanager
+def running(this: Pass) -> Iterator[None]:
+    """Make `this` the current pass. The backward pass must run inside, too."""
+    token = _current.set(this)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+class PackedSequences:
+    """The training backend: block-diagonal causal attention over whole sequences.
+
+    Sequences of one padded length go together; a sequence's padded length is its own, so its result
+    does not depend on its company.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, int]], rows: int, device: torch.device) -> None:
+        """spans: (first row, length) of every sequence."""
+        self.rows = rows
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for start, length in spans:
+            groups.setdefault(round_up(length, PAGE), []).append((start, length))
+        self.groups: list[tuple[int, int, Tensor, Tensor, Tensor]] = []
+        for padded, members in sorted(groups.items()):
+            offsets = torch.arange(padded)
+            starts = torch.tensor([s for s, _ in members])[:, None]
+            lengths = torch.tensor([n for _, n in members])[:, None]
+            real = offsets < lengths
+            # Padding reads the sequence's own first row: it stands behind every real query, unseen.
+            index = torch.where(real, starts + offsets, starts).flatten()
+            keep = real.flatten().nonzero().squeeze(1)
+            to = index[keep]
+            self.groups.append(
+                (len(members), padded, index.to(device), keep.to(device), to.to(device))
+            )
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        out = q.new_zeros(self.rows, q.shape[0], v.shape[-1])
+        for count, padded, index, keep, to in self.groups:
+            qg, kg, vg = (
+                x.index_select(1, index).unflatten(1, (count, padded)).transpose(0, 1) for x in (q, k, v)
+            )
+            o = PackedAttention.apply(qg, kg, vg, scale, window, sinks)  # [n, Hq, L, Dv]
+            out = out.index_copy(0, to, o.transpose(1, 2).flatten(0, 1).index_select(0, keep))
+        return out

@@ -1,0 +1,37 @@
+"""Optimizer steps over an adapter's flat buffers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tinsmith.engine.commands import AdamParams
+
+
+def clip_coefficient(norm: float, limit: float) -> float:
+    """What torch.nn.utils.clip_grad_norm_ multiplies gradients by; `limit` 0 switches clipping off."""
+    return 1.0 if limit <= 0 else min(1.0, limit / (norm + 1e-6))
+
+
+@torch.no_grad()
+def adamw(
+    params: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, settings: AdamParams
+) -> float:
+    """One step of torch.optim.AdamW, in place on flat fp32 `params`, `first` and `second` moments.
+
+    `step` counts from 1. `gradient` is clipped to the global norm first and is left changed. Returns
+    the norm before clipping.
+    """
+    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    scale = clip_coefficient(norm, settings.grad_clip_norm)
+    if scale != 1.0:
+        gradient.mul_(scale)
+    params.mul_(1 - settings.learning_rate * settings.weight_decay)
+    first.lerp_(gradient, 1 - settings.beta1)
+    second.mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)
+    correction = math.sqrt(1 - settings.beta2**step)
+    denominator = (second.sqrt() / correction).add_(settings.eps)
+    params.addcdiv_(first, denominator, value=-settings.learning_rate / (1 - settings.beta1**step))
+    return norm

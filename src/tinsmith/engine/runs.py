@@ -1,0 +1,121 @@
+"""A training run's state on the engine: weights, moments, accumulated gradients, waiting commands."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tinsmith.engine.commands import (
+    AdamParams,
+    ForwardBackward,
+    LoadState,
+    LoraSpec,
+    OptimStep,
+    Publish,
+    ReleaseRun,
+    Reply,
+    SaveState,
+)
+from tinsmith.engine.model.base import BaseModel
+from tinsmith.engine.model.lora import AdapterWeights, Gradients, Layout
+from tinsmith.engine.optimizers import adamw
+from tinsmith.engine.training import TrainingJob
+
+RunCommand = ForwardBackward | OptimStep | SaveState | LoadState | Publish | ReleaseRun
+Answer = Callable[[Reply], None]
+
+
+@dataclass(slots=True)
+class State:
+    """What a run is: all of it goes into a snapshot, nothing else does. fp32, flat, on the device.
+
+    params, first, second: [layout.size]; first and second are None before the first step. gradient is
+    None when nothing is accumulated.
+    """
+
+    params: Tensor
+    first: Tensor | None = None
+    second: Tensor | None = None
+    step: int = 0
+    gradient: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.params, self.first, self.second, self.gradient)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@dataclass(slots=True)
+class Run:
+    """One training run. `state` is None while it is put away in `spilled`."""
+
+    name: str
+    model: BaseModel
+    layout: Layout
+    state: State | None
+    waiting: deque[tuple[RunCommand, Answer]] = field(default_factory=deque)
+    jobs: deque[TrainingJob] = field(default_factory=deque)  # forward_backwards under way, in seq order
+    spilled: str | None = None
+    used: int = 0  # the engine's clock when it was last needed
+    _weights: AdapterWeights | None = None
+
+    @classmethod
+    def create(cls, name: str, model: BaseModel, spec: LoraSpec) -> Run:
+        layout = Layout(model.slots, spec)
+        return cls(name, model, layout, State(layout.initialize().to(model.device)))
+
+    @property
+    def live(self) -> State:
+        if self.state is None:
+            raise RuntimeError(f"run {self.name} is put away")
+        return self.state
+
+    @property
+    def weights(self) -> AdapterWeights:
+        """The current weights as the model computes with them; made once per optimizer step."""
+        if self._weights is None:
+            self._weights = AdapterWeights(
+                self.layout, self.live.params, self.model.dtype, self.model.device
+            )
+        return self._weights
+
+    def replace(self, state: State | None) -> None:
+        """Take `state` for the run's own."""
+        self.state = state
+        self._weights = None
+
+    def accumulate(self, gradients: Gradients) -> None:
+        """Add one request's gradients."""
+        state = self.live
+        if state.gradient is None:
+            state.gradient = gradients.flat
+        else:
+            state.gradient += gradients.flat
+
+    def optimize(self, params: AdamParams) -> dict[str, float]:
+        """One optimizer step; with nothing accumulated nothing changes. Returns metrics."""
+        state = self.live
+        if state.gradient is None:
+            return {}
+        if state.first is None or state.second is None:
+            state.first, state.second = torch.zeros_like(state.params), torch.zeros_like(state.params)
+        norm = adamw(state.params, state.gradient, state.first, state.second, state.step + 1, params)
+        state.step += 1
+        state.gradient = None
+        self._weights = None
+        return {"unclipped_grad_l2:mean": norm}
+
+    @property
+    def made_weights(self) -> AdapterWeights | None:
+        """`weights`, if they have been made."""
+        return self._weights
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes: the state and, where made, its copy in the model's dtype."""
+        own = self.state.nbytes if self.state is not None else 0
+        return own + (self._weights.nbytes if self._weights is not None else 0)

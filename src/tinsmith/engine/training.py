@@ -1,0 +1,254 @@
+"""A forward_backward request on its way through the model.
+
+A request's datums are cut into blocks by that request alone: whole sequences, up to BLOCK_TOKENS
+together. Blocks of many requests and runs ride in one packed pass; each block's loss, output and
+gradient are computed on its own rows, so that the company changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinsmith.engine.commands import Reply
+from tinsmith.engine.losses import LOSSES, Loss
+from tinsmith.engine.model.attention import ROWS, TILE, round_up
+from tinsmith.engine.model.base import BaseModel
+from tinsmith.engine.model.lora import AdapterWeights, Gradients, Layout
+from tinsmith.engine.model.packing import Block, PackedSequences, Pass, Segment, running
+from tinsmith.wire.training import Array, ContentError, TrainingRequest, encode_output
+
+BLOCK_TOKENS = 512  # a block ends before the sequence that would go beyond; a longer sequence is one block
+UNEMBED_ROWS = 256  # rows whose logits exist at a time
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A checked datum."""
+
+    tokens: Tensor  # int64 [N]
+    targets: Tensor  # int64 [N] or [N, K]
+    inputs: dict[str, Tensor]  # fp32, in the shape of the targets
+
+
+@dataclass(slots=True)
+class _Cut:
+    """Datums [first, last) of a request, `rows` rows with the padding."""
+
+    first: int
+    last: int
+    rows: int
+
+
+class TrainingJob:
+    """One request: its blocks, what came out so far, and its gradients (None for forward alone)."""
+
+    def __init__(self, request: TrainingRequest, model: BaseModel, layout: Layout, weights: AdapterWeights) -> None:
+        """Checks the content; raises ContentError."""
+        loss = LOSSES.get(request.loss_fn)
+        if loss is None:
+            raise ContentError(f"loss_fn {request.loss_fn!r} is not known; use one of: {', '.join(sorted(LOSSES))}")
+        self.loss: Loss = loss
+        self.config: Mapping[str, float] = loss.settings(request.config)
+        self.model, self.layout, self.weights = model, layout, weights
+        self.forward_only = request.forward_only
+        self.sequences = [_check(loss, d, i, model) for i, d in enumerate(request.data)]
+        self.cuts = _cut([s.tokens.numel() for s in self.sequences])
+        self.tokens = sum(s.tokens.numel() for s in self.sequences)
+        self.alone = False  # after a failed pass: run without company, to see whose fault it was
+        self.failure = ""
+        self.answer: Callable[[Reply], None] = lambda reply: None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything computed so far."""
+        self.next = 0
+        self.outputs: list[Array] = []
+        self.loss_sums: list[float] = []
+        self.gradients = None if self.forward_only else Gradients(self.layout, self.model.device)
+
+    @property
+    def done(self) -> bool:
+        return self.next == len(self.cuts)
+
+    def result(self) -> bytes:
+        """The encoded ForwardBackwardOutput. Raises ContentError for a loss that is not finite."""
+        total = math.fsum(self.loss_sums)
+        if not math.isfinite(total) or (
+            self.gradients is not None and not bool(torch.isfinite(self.gradients.flat).all())
+        ):
+            raise ContentError(
+                f"the {self.loss.name} loss or its gradient is not finite ({total}); check 'logprobs', 'advantages' and "
+                "'weights' for values that overflow. Nothing was accumulated"
+            )
+        return encode_output([{"logprobs": o} for o in self.outputs], {"loss:sum": total})
+
+
+def _check(loss: Loss, datum: object, index: int, model: BaseModel) -> _Sequence:
+    where = f"data[{index}]"
+    tokens = datum.tokens  # type: ignore[attr-defined]
+    if tokens.size > model.max_context:
+        raise ContentError(
+            f"{where}.model_input has {tokens.size} tokens; the context of {model.name} is {model.max_context}"
+        )
+    if int(tokens.min()) < 0 or int(tokens.max()) >= model.vocab_size:
+        bad = tokens[(tokens < 0) | (tokens >= model.vocab_size)][0]
+        raise ContentError(
+            f"{where}.model_input contains token {bad}; the vocabulary of {model.name} has ids 0 to {model.vocab_size - 1}"
+        )
+    targets, inputs = loss.check(datum, where, model.vocab_size)  # type: ignore[arg-type]
+    return _Sequence(
+        torch.from_numpy(tokens),
+        torch.from_numpy(np.array(targets)),
+        {k: torch.from_numpy(v) for k, v in inputs.items()},
+    )
+
+
+def _cut(lengths: Sequence[int]) -> list[_Cut]:
+    cuts: list[_Cut] = []
+    first, tokens = 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and tokens + length > BLOCK_TOKENS:
+            cuts.append(_Cut(first, i, round_up(tokens, ROWS)))
+            first, tokens = i, 0
+        tokens += length
+    cuts.append(_Cut(first, len(lengths), round_up(tokens, ROWS)))
+    return cuts
+
+
+def run_pass(work: Sequence[tuple[TrainingJob, _Cut]]) -> None:
+    """Run one block of each pair through the model together, all of one model, all with or all without
+    gradients. Results go into the jobs; the caller advances `job.next`.
+
+    Blocks of one adapter stand together in one segment.
+    """
+    model = work[0][0].model
+    backward = not work[0][0].forward_only
+    order = sorted(range(len(work)), key=lambda i: _first_with(work, work[i][0].weights))
+    segments: list[Segment] = []
+    blocks: list[tuple[TrainingJob, _Cut, int]] = []
+    spans: list[tuple[int, int]] = []
+    rows = sum(cut.rows for _, cut in work)
+    ids = torch.zeros(rows, dtype=torch.int64)
+    positions = torch.zeros(rows, dtype=torch.int64)
+    at = 0
+    for i in order:
+        job, cut = work[i]
+        if not segments or segments[-1].weights is not job.weights:
+            segments.append(Segment(at, at, job.weights))
+        if job.gradients is not None:
+            segments[-1].blocks.append(Block(at, at + cut.rows, job.gradients))
+        segments[-1].stop = at + cut.rows
+        blocks.append((job, cut, at))
+        row = at
+        for sequence in job.sequences[cut.first : cut.last]:
+            n = sequence.tokens.numel()
+            ids[row : row + n] = sequence.tokens
+            positions[row : row + n] = torch.arange(n)
+            spans.append((row, n))
+            row += n
+        at += cut.rows
+    this = Pass(segments, PackedSequences(spans, rows, model.device))
+    with torch.set_grad_enabled(backward), running(this):
+        hidden = model.hidden(ids.to(model.device), positions.to(model.device), this)
+        gradient = torch.zeros_like(hidden) if backward else None
+        for job, cut, start in blocks:
+            _loss(job, cut, hidden.detach(), gradient, start)
+        if gradient is not None:
+            hidden.backward(gradient)
+
+
+def _first_with(work: Sequence[tuple[TrainingJob, _Cut]], weights: AdapterWeights) -> int:
+    return next(i for i, (job, _) in enumerate(work) if job.weights is weights)
+
+
+def _loss(job: TrainingJob, cut: _Cut, hidden: Tensor, gradient: Tensor | None, start: int) -> None:
+    """Loss and logprobs of one block, and d loss / d hidden into `gradient`: the logits of UNEMBED_ROWS rows
+    at a time, counted from the block's own start."""
+    model = job.model
+    sequences = job.sequences[cut.first : cut.last]
+    width = max(s.targets.shape[1] if s.targets.dim() == 2 else 1 for s in sequences)
+    targets = _stack([s.targets for s in sequences], width, cut.rows)
+    inputs = {
+        name: _stack([s.inputs[name] if name in s.inputs else _absent(job, name, s) for s in sequences], width, cut.rows)
+        for name in {name for s in sequences for name in s.inputs}
+    }
+    real = _stack([torch.ones_like(s.targets, dtype=torch.bool) for s in sequences], width, cut.rows)
+    logprobs = torch.empty(cut.rows, width)
+    values = torch.empty(cut.rows, width)
+    for first in range(0, cut.rows, UNEMBED_ROWS):
+        last = min(first + UNEMBED_ROWS, cut.rows)
+        n, part = last - first, slice(first, last)
+        segment = Segment(0, n, job.weights)
+        if job.gradients is not None:
+            segment.blocks.append(Block(0, n, job.gradients))
+        rows = hidden[start + first : start + last]
+        this = Pass([segment])
+        with torch.set_grad_enabled(gradient is not None):
+            if gradient is not None:
+                rows = rows.detach().requires_grad_(True)
+            logits = model.logits(rows, this)
+            chosen = targets[part].to(model.device)
+            with torch.no_grad():
+                table = model.log_softmax(logits)
+                lp = table.gather(1, chosen).cpu()
+            logprobs[part] = lp
+            leaf = lp.detach().requires_grad_(gradient is not None)
+            value = job.loss.value(leaf, {k: v[part] for k, v in inputs.items()}, job.config)
+            values[part] = torch.where(real[part], value.detach(), 0.0)
+            if gradient is None:
+                continue
+            (dlp,) = torch.autograd.grad(value.sum(), leaf)
+            dlp = torch.where(real[part], dlp, 0.0).to(model.device)
+            # d logprob_j / d logits = onehot(j) - softmax
+            dlogits = table.exp_().mul_(-dlp.sum(1, keepdim=True)).scatter_add_(1, chosen, dlp)
+            with running(this):
+                logits.backward(dlogits.to(logits.dtype))
+            gradient[start + first : start + last] = rows.grad
+    at = 0
+    for s in sequences:
+        n, k = s.targets.shape[0], s.targets.shape[1] if s.targets.dim() == 2 else 1
+        job.outputs.append(logprobs[at : at + n, :k].reshape(s.targets.shape).numpy().copy())
+        job.loss_sums.append(float(values[at : at + n, :k].double().sum()))
+        at += n
+
+
+def _absent(job: TrainingJob, name: str, sequence: _Sequence) -> Tensor:
+    """What an optional input is where another datum of the block has it and this one does not."""
+    return torch.full(sequence.targets.shape, job.config.get(name, 1.0))
+
+
+def _stack(parts: Sequence[Tensor], width: int, rows: int) -> Tensor:
+    """Tensors [N] or [N, K] one below the other: [rows, width], zeros where there is nothing."""
+    out = torch.zeros(rows, width, dtype=parts[0].dtype)
+    at = 0
+    for part in parts:
+        part = part.unsqueeze(1) if part.dim() == 1 else part
+        out[at : at + part.shape[0], : part.shape[1]] = part
+        at += part.shape[0]
+    return out
+
+
+def peak_bytes(model: BaseModel, rows: int, longest: int, backward: bool) -> int:
+    """Upper estimate of what a pass over `rows` rows allocates, in bytes.
+
+    Per row and layer the tensors that autograd keeps (inputs of the linear layers, norms in fp32, the
+    attention's q, k, v and output), plus one tile of attention scores and one block of logits.
+    """
+    config = model.config
+    size = model.dtype.itemsize
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", 0) or 4 * hidden)
+    top_k = int(getattr(config, "num_experts_per_tok", 0) or 1)
+    heads = int(config.num_attention_heads)
+    dim = model.attention_layers[0].key_dim if model.attention_layers else hidden // heads
+    per_layer = size * (8 * hidden + 6 * heads * dim + 5 * inner * top_k) + 4 * (4 * hidden + 2 * heads * dim)
+    layers = int(config.num_hidden_layers) if backward else 2
+    scores = 4 * 4 * heads * min(TILE, longest) * round_up(longest, 64)
+    logits = UNEMBED_ROWS * model.vocab_size * (2 * size + 3 * 4)
+    return rows * (per_layer * layers + 4 * hidden * size) + scores + logits

@@ -1,0 +1,1 @@
+"""Tinker's types and codecs: JSON and protobuf. numpy, protobuf and zstandard only."""
