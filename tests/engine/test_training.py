@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+
 from tests.engine.reference import Reference
 from tests.engine.tiny import FAMILIES, load, logprobs, make_run, metrics, relative, request, tokens
-
 from tinsmith.engine.commands import AdamParams
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.runs import Run
@@ -102,7 +103,7 @@ class TestAgainstPeft:
 class TestLosses:
     """Each loss's value and gradient against the formula, by autograd over PEFT's logprobs."""
 
-    FORMULAS: dict = {
+    FORMULAS: ClassVar[dict] = {
         "importance_sampling": ({}, lambda lp, q, a: -((lp - q).exp() * a).sum()),
         "ppo": (
             {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1},
@@ -123,7 +124,9 @@ class TestLosses:
         reference = Reference(folder("qwen3"), run)
         rng = np.random.default_rng(5)
         q = [
-            (reference.logprobs(s).detach().numpy() + rng.normal(scale=0.3, size=len(s) - 1)).astype(np.float32)
+            (reference.logprobs(s).detach().numpy() + rng.normal(scale=0.3, size=len(s) - 1)).astype(
+                np.float32
+            )
             for s in ids
         ]
         a = [rng.normal(size=len(s) - 1).astype(np.float32) for s in ids]
@@ -156,7 +159,9 @@ class TestExactness:
         _, alone = tenant(1, 8)
         for cut in alone.cuts:
             run_pass([(alone, cut)])
-        company = [tenant(s, r) for s, r in zip((5, 3, 1, 2, 8, 6, 7, 4), (4, 16, 8, 1, 8, 3, 32, 8), strict=True)]
+        company = [
+            tenant(s, r) for s, r in zip((5, 3, 1, 2, 8, 6, 7, 4), (4, 16, 8, 1, 8, 3, 32, 8), strict=True)
+        ]
         run_pass([(job, cut) for _, job in company for cut in job.cuts])
         together = company[2][1]
         assert alone.loss_sums == together.loss_sums
@@ -226,7 +231,6 @@ def test_targets_may_be_several_per_position(folder: Folder) -> None:
     run = make_run(model)
     ids = tokens(6, 1)
     from tests.engine.tiny import tensor
-
     from tinsmith.wire import tinsmith_pb2 as pb
 
     message = pb.ForwardBackwardRequest.FromString(request([ids]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,10 +139,7 @@ def logprobs(output: bytes) -> list[np.ndarray]:
         field = record.fields["logprobs"]
         offsets = np.frombuffer(field.offsets, np.int64) // 4
         flat = np.frombuffer(field.data, np.float32)
-        found += [
-            flat[a:b].reshape(-1, *field.trailing_shape)
-            for a, b in zip(offsets[:-1], offsets[1:], strict=True)
-        ]
+        found += [flat[a:b].reshape(-1, *field.trailing_shape) for a, b in itertools.pairwise(offsets)]
     return found
 
 

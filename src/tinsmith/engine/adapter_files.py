@@ -78,7 +78,9 @@ def write(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise FolderError(f"the checkpoint could not be written: {reason}. Earlier checkpoints are intact") from error
+        raise FolderError(
+            f"the checkpoint could not be written: {reason}. Earlier checkpoints are intact"
+        ) from error
     return size
 
 
@@ -136,7 +138,9 @@ def _named(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
 
 
 def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    save_file({k: v.detach().cpu().clone() for k, v in tensors.items()}, file, {"format": "pt", **(metadata or {})})
+    save_file(
+        {k: v.detach().cpu().clone() for k, v in tensors.items()}, file, {"format": "pt", **(metadata or {})}
+    )
 
 
 def _sync(path: Path) -> None:

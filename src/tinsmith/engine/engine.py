@@ -70,7 +70,9 @@ class Engine:
         for source in config.models:
             model = BaseModel(source.name, source.path, self.device, dtype, config.max_context)
             self.models[source.name] = model
-            self._inexact[source.name] = failures(model, config.max_rank) if self.device.type == "cpu" else ["CUDA"]
+            self._inexact[source.name] = (
+                failures(model, config.max_rank) if self.device.type == "cpu" else ["CUDA"]
+            )
             for reason in self._inexact[source.name]:
                 log.warning("%s: results depend on their company here: %s", source.name, reason)
         weights = sum(m.nbytes for m in self.models.values())
@@ -173,7 +175,9 @@ class Engine:
     def _model(self, name: str) -> BaseModel:
         model = self.models.get(name)
         if model is None:
-            raise ContentError(f"base model {name!r} is not served here; served are: {', '.join(self.models)}")
+            raise ContentError(
+                f"base model {name!r} is not served here; served are: {', '.join(self.models)}"
+            )
         return model
 
     def _create(self, command: CreateAdapter) -> None:
@@ -181,9 +185,13 @@ class Engine:
         if command.run in self.runs:
             raise ContentError(f"run {command.run} exists already")
         if not 1 <= spec.rank <= self.config.max_rank:
-            raise ContentError(f"lora_config.rank is {spec.rank}; it must be from 1 to {self.config.max_rank}")
+            raise ContentError(
+                f"lora_config.rank is {spec.rank}; it must be from 1 to {self.config.max_rank}"
+            )
         if not (spec.train_attn or spec.train_mlp or spec.train_unembed):
-            raise ContentError("lora_config: at least one of train_attn, train_mlp and train_unembed must be true")
+            raise ContentError(
+                "lora_config: at least one of train_attn, train_mlp and train_unembed must be true"
+            )
         try:
             run = Run.create(command.run, model, spec)
         except ValueError as error:
@@ -206,8 +214,8 @@ class Engine:
                 model, weights = self.snapshots.weights(command.sampler, self._clock)
             except KeyError:
                 raise ContentError(
-                    f"sampler {command.sampler} is not on this engine: its weights were not saved under a name, and "
-                    "the engine has restarted since, or its session has ended. Save them again"
+                    f"sampler {command.sampler} is not on this engine: its weights were not saved under a "
+                    "name, and the engine has restarted since, or its session has ended. Save them again"
                 ) from None
             self._make_room(keep=command.sampler)
         self._samplers[model.name].add(command, weights, answer)
@@ -276,8 +284,8 @@ class Engine:
             need = peak_bytes(job.model, length, length, not job.forward_only)
             if need > self.budget.passes:
                 raise ContentError(
-                    f"data[{index}] has {length} tokens, for which a pass needs about {need} bytes; this server has "
-                    f"{self.budget.passes} for it. Send a shorter sequence, or serve with more --memory"
+                    f"data[{index}] has {length} tokens, for which a pass needs about {need} bytes; this "
+                    f"server has {self.budget.passes} for it. Send a shorter sequence, or serve with more --memory"
                 )
 
     def _execute(self, run: Run, command: OptimStep | SaveState | LoadState | Publish | ReleaseRun) -> Done:
@@ -370,7 +378,7 @@ class Engine:
         return True
 
     def _pass_failed(self, jobs: list[TrainingJob], error: Exception) -> None:
-        """A pass changed nothing but its own jobs: start them anew, each alone; one that was alone has failed."""
+        """A pass changed nothing but its own jobs: start them anew, each alone. One that was has failed."""
         if len(jobs) == 1 and jobs[0].alone:
             log.error("a training pass failed", exc_info=error)
             jobs[0].failure = f"forward_backward failed: {_text(error)}. Nothing was accumulated"
@@ -468,14 +476,16 @@ def _same_shape(run: Run, spec: object) -> None:
         theirs = getattr(spec, name)
         if theirs != getattr(own, name):
             raise ContentError(
-                f"the checkpoint has {name} {theirs}, this run has {getattr(own, name)}; create the training client "
-                "from the checkpoint instead (create_training_client_from_state)"
+                f"the checkpoint has {name} {theirs}, this run has {getattr(own, name)}; create the training "
+                "client from the checkpoint instead (create_training_client_from_state)"
             )
 
 
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build")
+        raise ModelError(
+            "--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

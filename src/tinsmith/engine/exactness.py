@@ -8,6 +8,8 @@ so it is tried at start, on the very shapes that the model uses, and reported.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,7 +48,10 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
         if not _attention_holds(shape.kv_heads, group, shape.key_dim, shape.value_dim, random):
             found.append(f"attention with heads of {shape.key_dim} in {model.dtype}")
     table = random(max(_COUNTS) * ROWS, model.vocab_size)
-    if any(not torch.equal(model.log_softmax(table[:n]), model.log_softmax(table)[:n]) for n in (1, ROWS, 3 * ROWS)):
+    if any(
+        not torch.equal(model.log_softmax(table[:n]), model.log_softmax(table)[:n])
+        for n in (1, ROWS, 3 * ROWS)
+    ):
         found.append(f"log_softmax over {model.vocab_size}")
     return found
 
@@ -63,12 +68,13 @@ def _rows_hold(x: Tensor, weight: Tensor) -> bool:
     return True
 
 
-def _attention_holds(kv_heads: int, group: int, key_dim: int, value_dim: int, random: object) -> bool:
+def _attention_holds(
+    kv_heads: int, group: int, key_dim: int, value_dim: int, random: Callable[..., Tensor]
+) -> bool:
     """Decode rows, a short prefix and a larger batch against one whole sequence."""
     length = 3 * PAGE
-    make = random  # type: ignore[assignment]
-    q = make(1, kv_heads * group, length, key_dim)  # type: ignore[operator]
-    k, v = make(1, kv_heads, length, key_dim), make(1, kv_heads, length, value_dim)  # type: ignore[operator]
+    q = random(1, kv_heads * group, length, key_dim)
+    k, v = random(1, kv_heads, length, key_dim), random(1, kv_heads, length, value_dim)
     scale = key_dim**-0.5
     whole = PackedAttention.apply(q, k, v, scale, None, None)
     prefix = PackedAttention.apply(q[:, :, :PAGE], k[:, :, :PAGE], v[:, :, :PAGE], scale, None, None)

@@ -24,8 +24,8 @@ class Budget:
         left = total - weights
         if left < 32 << 20:
             raise ModelError(
-                f"the base weights need {weights} bytes and the memory bound is {total}: too little is left to "
-                "train or sample. Serve a smaller model or raise --memory"
+                f"the base weights need {weights} bytes and the memory bound is {total}: too little is left "
+                "to train or sample. Serve a smaller model or raise --memory"
             )
         return cls(adapters=left * 2 // 5, cache=left // 5, passes=left * 2 // 5)
 

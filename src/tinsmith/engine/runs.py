@@ -78,9 +78,7 @@ class Run:
     def weights(self) -> AdapterWeights:
         """The current weights as the model computes with them; made once per optimizer step."""
         if self._weights is None:
-            self._weights = AdapterWeights(
-                self.layout, self.live.params, self.model.dtype, self.model.device
-            )
+            self._weights = AdapterWeights(self.layout, self.live.params, self.model.dtype, self.model.device)
         return self._weights
 
     def replace(self, state: State | None) -> None:

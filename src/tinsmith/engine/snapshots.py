@@ -37,7 +37,9 @@ class Snapshots:
 
     spill_dir: Path
     entries: dict[str, Snapshot] = field(default_factory=dict)
-    _digests: WeakValueDictionary[tuple[str, str], AdapterWeights] = field(default_factory=WeakValueDictionary)
+    _digests: WeakValueDictionary[tuple[str, str], AdapterWeights] = field(
+        default_factory=WeakValueDictionary
+    )
 
     def publish(
         self, name: str, model: BaseModel, layout: Layout, weights: AdapterWeights, folder: str | None
@@ -71,7 +73,9 @@ class Snapshots:
         key = self._key(entry.folder, model)
         shared = self._digests.get(key)
         if shared is None:
-            state = adapter_files.read(entry.folder, entry.layout, model.device, optimizer=False, gradients=False)
+            state = adapter_files.read(
+                entry.folder, entry.layout, model.device, optimizer=False, gradients=False
+            )
             shared = AdapterWeights(entry.layout, state.params, model.dtype, model.device)
             self._digests[key] = shared
         return shared

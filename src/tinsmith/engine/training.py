@@ -21,7 +21,7 @@ from tinsmith.engine.model.attention import ROWS, TILE, round_up
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights, Gradients, Layout
 from tinsmith.engine.model.packing import Block, PackedSequences, Pass, Segment, running
-from tinsmith.wire.training import Array, ContentError, TrainingRequest, encode_output
+from tinsmith.wire.training import Array, ContentError, Datum, TrainingRequest, encode_output
 
 BLOCK_TOKENS = 512  # a block ends before the sequence that would go beyond; a longer sequence is one block
 UNEMBED_ROWS = 256  # rows whose logits exist at a time
@@ -48,11 +48,15 @@ class _Cut:
 class TrainingJob:
     """One request: its blocks, what came out so far, and its gradients (None for forward alone)."""
 
-    def __init__(self, request: TrainingRequest, model: BaseModel, layout: Layout, weights: AdapterWeights) -> None:
+    def __init__(
+        self, request: TrainingRequest, model: BaseModel, layout: Layout, weights: AdapterWeights
+    ) -> None:
         """Checks the content; raises ContentError."""
         loss = LOSSES.get(request.loss_fn)
         if loss is None:
-            raise ContentError(f"loss_fn {request.loss_fn!r} is not known; use one of: {', '.join(sorted(LOSSES))}")
+            raise ContentError(
+                f"loss_fn {request.loss_fn!r} is not known; use one of: {', '.join(sorted(LOSSES))}"
+            )
         self.loss: Loss = loss
         self.config: Mapping[str, float] = loss.settings(request.config)
         self.model, self.layout, self.weights = model, layout, weights
@@ -83,25 +87,26 @@ class TrainingJob:
             self.gradients is not None and not bool(torch.isfinite(self.gradients.flat).all())
         ):
             raise ContentError(
-                f"the {self.loss.name} loss or its gradient is not finite ({total}); check 'logprobs', 'advantages' and "
-                "'weights' for values that overflow. Nothing was accumulated"
+                f"the {self.loss.name} loss or its gradient is not finite ({total}); check 'logprobs', "
+                "'advantages' and 'weights' for values that overflow. Nothing was accumulated"
             )
         return encode_output([{"logprobs": o} for o in self.outputs], {"loss:sum": total})
 
 
-def _check(loss: Loss, datum: object, index: int, model: BaseModel) -> _Sequence:
-    where = f"data[{index}]"
-    tokens = datum.tokens  # type: ignore[attr-defined]
+def _check(loss: Loss, datum: Datum, index: int, model: BaseModel) -> _Sequence:
+    where, tokens, vocab = f"data[{index}]", datum.tokens, model.vocab_size
     if tokens.size > model.max_context:
         raise ContentError(
-            f"{where}.model_input has {tokens.size} tokens; the context of {model.name} is {model.max_context}"
+            f"{where}.model_input has {tokens.size} tokens; the context of {model.name} is "
+            f"{model.max_context}"
         )
-    if int(tokens.min()) < 0 or int(tokens.max()) >= model.vocab_size:
-        bad = tokens[(tokens < 0) | (tokens >= model.vocab_size)][0]
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
+        bad = tokens[(tokens < 0) | (tokens >= vocab)][0]
         raise ContentError(
-            f"{where}.model_input contains token {bad}; the vocabulary of {model.name} has ids 0 to {model.vocab_size - 1}"
+            f"{where}.model_input contains token {bad}; the vocabulary of {model.name} has ids 0 to "
+            f"{vocab - 1}"
         )
-    targets, inputs = loss.check(datum, where, model.vocab_size)  # type: ignore[arg-type]
+    targets, inputs = loss.check(datum, where, vocab)
     return _Sequence(
         torch.from_numpy(tokens),
         torch.from_numpy(np.array(targets)),
@@ -175,7 +180,11 @@ def _loss(job: TrainingJob, cut: _Cut, hidden: Tensor, gradient: Tensor | None, 
     width = max(s.targets.shape[1] if s.targets.dim() == 2 else 1 for s in sequences)
     targets = _stack([s.targets for s in sequences], width, cut.rows)
     inputs = {
-        name: _stack([s.inputs[name] if name in s.inputs else _absent(job, name, s) for s in sequences], width, cut.rows)
+        name: _stack(
+            [s.inputs[name] if name in s.inputs else _absent(job, name, s) for s in sequences],
+            width,
+            cut.rows,
+        )
         for name in {name for s in sequences for name in s.inputs}
     }
     real = _stack([torch.ones_like(s.targets, dtype=torch.bool) for s in sequences], width, cut.rows)
@@ -209,6 +218,7 @@ def _loss(job: TrainingJob, cut: _Cut, hidden: Tensor, gradient: Tensor | None, 
             dlogits = table.exp_().mul_(-dlp.sum(1, keepdim=True)).scatter_add_(1, chosen, dlp)
             with running(this):
                 logits.backward(dlogits.to(logits.dtype))
+            assert rows.grad is not None
             gradient[start + first : start + last] = rows.grad
     at = 0
     for s in sequences:

@@ -134,7 +134,9 @@ def _tensor(message: pb.Tensor, where: str) -> Array:
     if message.WhichOneof("encoding") != "sparse_csr":
         values = _values(message.dense, message.dtype, where)
         if shape and int(np.prod(shape, dtype=np.float64)) != values.size:
-            raise ContentError(f"{where} holds {values.size} values, its shape {list(shape)} needs another number")
+            raise ContentError(
+                f"{where} holds {values.size} values, which is not what its shape {list(shape)} needs"
+            )
         return values.reshape(shape) if shape else values
     csr = message.sparse_csr
     values = _values(csr.values, message.dtype, where)
@@ -154,8 +156,8 @@ def _tensor(message: pb.Tensor, where: str) -> Array:
     )
     if not valid:
         raise ContentError(
-            f"{where}: not a CSR tensor of shape {list(shape)}: {crow.size} row pointers, {col.size} columns, "
-            f"{values.size} values"
+            f"{where}: not a CSR tensor of shape {list(shape)}: {crow.size} row pointers, {col.size} "
+            f"columns, {values.size} values"
         )
     if rows * columns > 1 << 28:
         raise ContentError(f"{where}: shape {list(shape)} has more than 2^28 cells")
@@ -189,4 +191,5 @@ def encode_output(
             field.dtype = pb.DTYPE_INT64 if arrays[0].dtype == np.int64 else pb.DTYPE_FLOAT32
             field.trailing_shape.extend(trailing)
         start = stop
-    return message.SerializeToString()
+    data: bytes = message.SerializeToString()
+    return data

@@ -13,8 +13,6 @@ from tinsmith.engine.losses.dro import DRO
 from tinsmith.engine.losses.importance_sampling import IMPORTANCE_SAMPLING
 from tinsmith.engine.losses.ppo import PPO
 
-LOSSES: dict[str, Loss] = {
-    loss.name: loss for loss in (CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO)
-}
+LOSSES: dict[str, Loss] = {loss.name: loss for loss in (CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO)}
 
 __all__ = ["LOSSES", "Inputs", "Loss"]

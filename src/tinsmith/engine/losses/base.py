@@ -57,15 +57,19 @@ class Loss:
         if targets.dtype != np.int64:
             raise ContentError(f"{where}.loss_fn_inputs['target_tokens'] must be int64, not {targets.dtype}")
         dims = "(N,) or (N, K)" if self.many_targets else "(N,)"
-        if targets.ndim != 1 and not (self.many_targets and targets.ndim == 2) or targets.shape[0] != length:
+        if (targets.ndim != 1 and not (self.many_targets and targets.ndim == 2)) or targets.shape[
+            0
+        ] != length:
             raise ContentError(
-                f"{where}.loss_fn_inputs['target_tokens'] has shape {list(targets.shape)}; {self.name} takes {dims} "
-                f"with N = {length}, the length of model_input"
+                f"{where}.loss_fn_inputs['target_tokens'] has shape {list(targets.shape)}; {self.name} "
+                f"takes {dims} with N = {length}, the length of model_input"
             )
-        if targets.size and (int(targets.min()) < 0 or int(targets.max()) >= vocab):
-            bad = targets[(targets < 0) | (targets >= vocab)].flat[0]
+        outside = (targets < np.int64(0)) | (targets >= np.int64(vocab))
+        if outside.any():
+            bad = targets[outside].flat[0]
             raise ContentError(
-                f"{where}.loss_fn_inputs['target_tokens'] contains {bad}; the vocabulary has ids 0 to {vocab - 1}"
+                f"{where}.loss_fn_inputs['target_tokens'] contains {bad}; the vocabulary has ids 0 to "
+                f"{vocab - 1}"
             )
         checked: dict[str, Array] = {}
         for key in (*self.required, *self.optional):
@@ -81,11 +85,14 @@ class Loss:
                 )
             array = array.astype(np.float32)
             if not np.isfinite(array).all():
-                raise ContentError(f"{where}.loss_fn_inputs[{key!r}] contains NaN or infinity; all values must be finite")
+                raise ContentError(
+                    f"{where}.loss_fn_inputs[{key!r}] contains NaN or infinity; all values must be finite"
+                )
             checked[key] = array
         if inputs:
             known = ", ".join(("target_tokens", *self.required, *self.optional))
             raise ContentError(
-                f"{where}.loss_fn_inputs[{next(iter(inputs))!r}] is not known to {self.name}; it takes: {known}"
+                f"{where}.loss_fn_inputs[{next(iter(inputs))!r}] is not known to {self.name}; "
+                f"it takes: {known}"
             )
         return targets, checked

@@ -14,4 +14,4 @@ BOUNDS = ("clip_low_threshold", "clip_high_threshold")
 def clipped(ratio: Tensor, inputs: Inputs, config: Mapping[str, float]) -> Tensor:
     """`ratio` clipped to the bounds, which are ratios themselves."""
     low, high = (inputs.get(name, config[name]) for name in BOUNDS)
-    return ratio.clamp(min=low).clamp(max=high)  # type: ignore[arg-type]
+    return ratio.clamp(min=low).clamp(max=high)

@@ -26,15 +26,15 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _scores(
-    q: Tensor, k: Tensor, q_pos: Tensor, scale: float, window: int | None, first_page: int
-) -> Tensor:
+def _scores(q: Tensor, k: Tensor, q_pos: Tensor, scale: float, window: int | None, first_page: int) -> Tensor:
     """Masked scores [B, Hkv, NB, R, PAGE], fp32. See `attend` for the arguments."""
     pages, page = k.shape[2], k.shape[3]
     b, h, r, d = q.shape
     s = torch.matmul(q.unsqueeze(2).expand(b, h, pages, r, d), k.transpose(-1, -2))
     s *= scale
-    key_pos = torch.arange(first_page * page, (first_page + pages) * page, device=q.device).view(1, pages, 1, page)
+    key_pos = torch.arange(first_page * page, (first_page + pages) * page, device=q.device).view(
+        1, pages, 1, page
+    )
     row_pos = q_pos.view(b, 1, r, 1)
     hidden = key_pos > row_pos
     if window is not None:

@@ -22,7 +22,6 @@ from tinsmith.engine.model.packing import Pass, current_pass, running
 
 UNEMBED = "model.unembed_tokens"  # the name that Tinker's adapter format gives the unembedding
 _ATTENTION = ("attn", "attention")
-_HEAD_CHUNK = 256
 
 
 class ModelError(Exception):
@@ -107,7 +106,7 @@ class BaseModel:
         return hidden[0]
 
     def logits(self, hidden: Tensor, this: Pass) -> Tensor:
-        """hidden: [n, hidden], n a multiple of ROWS, described by `this` -> [n, vocab] in the model's dtype."""
+        """hidden: [n, hidden] of the rows in `this`, n a multiple of ROWS -> [n, vocab], the model's dtype."""
         with running(this):
             logits: Tensor = self._head(hidden)
         if self.softcap is not None:
@@ -124,7 +123,13 @@ class BaseModel:
         shapes: dict[int, LayerShape] = {}
 
         def look(
-            layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sinks: Tensor | None
+            layer: int,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            scale: float,
+            window: int | None,
+            sinks: Tensor | None,
         ) -> Tensor:
             shapes[layer] = LayerShape(k.shape[0], k.shape[-1], v.shape[-1])
             return q.new_zeros(q.shape[1], q.shape[0], v.shape[-1])
@@ -143,7 +148,9 @@ def _load(name: str, path: str, device: torch.device, dtype: torch.dtype) -> tup
     if os.path.isabs(path) and not local.is_dir():
         raise ModelError(f"{name}: there is no folder {path}")
     if local.is_dir() and not (local / "config.json").is_file():
-        raise ModelError(f"{name}: {path} has no config.json, so it is no model folder in Hugging Face layout")
+        raise ModelError(
+            f"{name}: {path} has no config.json, so it is no model folder in Hugging Face layout"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
@@ -157,21 +164,21 @@ def _load(name: str, path: str, device: torch.device, dtype: torch.dtype) -> tup
         raise ModelError(f"{name}: the model could not be loaded from {path}: {_short(error)}") from error
     module.config.get_text_config()._experts_implementation = "tinsmith"
     module.config._experts_implementation = "tinsmith"
-    return module.to(device), tokenizer
+    return module.to(device), tokenizer  # type: ignore[arg-type]
 
 
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
-def _replace(module: nn.Module) -> Iterator[Slot]:
+def _replace(module: Any) -> Iterator[Slot]:
     """Put adapters' layers in the place of the linear layers and experts; yields their slots in order."""
-    head = module.get_output_embeddings()  # type: ignore[operator]
+    head = module.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError("the model has no linear unembedding")
     for name, child in list(module.named_modules()):
         if hasattr(child, "_apply_gate") and hasattr(child, "down_proj") and hasattr(child, "is_transposed"):
-            child.tinsmith_name = name  # type: ignore[assignment]
+            child.tinsmith_name = name
             yield from expert_slots(name, child)
         elif isinstance(child, nn.Linear):
             slot = Slot(
@@ -200,9 +207,13 @@ def _eos(module: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _fingerprint(path: str, config: Any) -> str:
-    """Identity of a base: its config, and the headers of its weight files (names, shapes, sizes) or their index."""
+    """Identity of a base: its config, its weight files' names, headers or index, and samples of the data."""
     digest = hashlib.sha256()
-    fields = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k not in ("transformers_version", "dtype", "torch_dtype")}
+    fields = {
+        k: v
+        for k, v in config.to_dict().items()
+        if not k.startswith("_") and k not in ("transformers_version", "dtype", "torch_dtype")
+    }
     digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     for file in sorted(Path(path).glob("*.safetensors*")) if Path(path).is_dir() else []:
         digest.update(file.name.encode())

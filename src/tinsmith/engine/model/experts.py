@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinsmith.engine.model.attention import ROWS
 from tinsmith.engine.model.lora import AdapterWeights, Gradients, Slot
@@ -56,7 +56,8 @@ def _plan(this: Pass, experts: Tensor, count: int) -> _Plan:
     within = torch.arange(tokens * k) - (torch.cumsum(sizes, 0) - sizes)[key[order]]
     place = torch.empty(tokens * k, dtype=torch.int64)
     place[order] = starts[key[order]] + within
-    groups, spans = [], []
+    groups: list[_Group] = []
+    spans: list[tuple[int, int, int]] = []
     for index in sizes.nonzero().flatten().tolist():
         expert, unit = divmod(index, n)
         start, stop = int(starts[index]), int(starts[index] + padded[index])
@@ -132,7 +133,7 @@ def _factors(group: _Group, name: str) -> tuple[Tensor, Tensor] | None:
     return (a[group.expert] if a.dim() == 3 else a), (b[group.expert] if b.dim() == 3 else b)
 
 
-def expert_slots(name: str, module: nn.Module) -> list[Slot]:
+def expert_slots(name: str, module: Any) -> list[Slot]:
     """The slots of an experts module: w1 (gate) and w3 (up) share A, w2 (down) shares B, Tinker's names.
 
     Without a gate there is no w1.
@@ -151,7 +152,7 @@ def _dims(weight: Tensor, transposed: bool) -> tuple[int, int, int]:
     return (e, a, b) if transposed else (e, b, a)
 
 
-def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """transformers' experts interface: hidden [tokens, H], both others [tokens, k] -> [tokens, H]."""
     this = current_pass()
     if this is None:
@@ -172,7 +173,9 @@ def experts_forward(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_
     if self.has_gate:
         inner = up.shape[1] // 2
         gate, rest = (
-            (slice(0, inner), slice(inner, None)) if self.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
+            (slice(0, inner), slice(inner, None))
+            if self.is_concatenated
+            else (slice(0, None, 2), slice(1, None, 2))
         )
         y = _GroupedLinear.apply(x, up, up_bias, plan, [(f"{name}.w1", gate), (f"{name}.w3", rest)])
         y = self._apply_gate(y)

@@ -60,7 +60,8 @@ class Layout:
         self.slots = [s for s in slots if wanted[s.group]]
         if not self.slots:
             raise ValueError(
-                "none of train_attn, train_mlp and train_unembed selects a layer of this model; set at least one"
+                "none of train_attn, train_mlp and train_unembed selects a layer of this model; set at "
+                "least one"
             )
         self.ranges: dict[str, tuple[int, tuple[int, ...], int, tuple[int, ...]]] = {}
         at = 0
@@ -169,9 +170,7 @@ class Gradients:
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, this: Pass
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, this: Pass) -> Tensor:
         y = F.linear(x, weight, bias)
         hidden: list[Tensor | None] = []
         for segment in this.segments:

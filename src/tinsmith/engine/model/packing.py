@@ -34,7 +34,7 @@ class Block:
 
 @dataclass(slots=True)
 class Segment:
-    """Rows [start, stop) that meet one adapter, or none. `blocks` lie in it, in order, when gradients are wanted."""
+    """Rows [start, stop) that meet one adapter, or none; `blocks` tile it when gradients are wanted."""
 
     start: int
     stop: int
@@ -55,7 +55,7 @@ class AttentionBackend(Protocol):
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """q: [Hq, rows, Dk], k: [Hkv, rows, Dk], v: [Hkv, rows, Dv] -> [rows, Hq, Dv], all in the model's dtype."""
+        """q: [Hq, rows, Dk], k: [Hkv, rows, Dk], v: [Hkv, rows, Dv], the model's dtype -> [rows, Hq, Dv]."""
 
 
 @dataclass(slots=True)
@@ -107,9 +107,7 @@ class PackedSequences:
             index = torch.where(real, starts + offsets, starts).flatten()
             keep = real.flatten().nonzero().squeeze(1)
             to = index[keep]
-            self.groups.append(
-                (len(members), padded, index.to(device), keep.to(device), to.to(device))
-            )
+            self.groups.append((len(members), padded, index.to(device), keep.to(device), to.to(device)))
 
     def __call__(
         self,
