@@ -285,7 +285,7 @@ class Engine:
             if need > self.budget.passes:
                 raise ContentError(
                     f"data[{index}] has {length} tokens, for which a pass needs about {need} bytes; this "
-                    f"server has {self.budget.passes} for it. Send a shorter sequence, or serve with more --memory"
+                    f"server has {self.budget.passes} for it. Send a shorter sequence or raise --memory"
                 )
 
     def _execute(self, run: Run, command: OptimStep | SaveState | LoadState | Publish | ReleaseRun) -> Done:

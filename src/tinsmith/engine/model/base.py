@@ -106,7 +106,7 @@ class BaseModel:
         return hidden[0]
 
     def logits(self, hidden: Tensor, this: Pass) -> Tensor:
-        """hidden: [n, hidden] of the rows in `this`, n a multiple of ROWS -> [n, vocab], the model's dtype."""
+        """hidden: [n, hidden] of the rows in `this`, n a multiple of ROWS -> [n, vocab] in its dtype."""
         with running(this):
             logits: Tensor = self._head(hidden)
         if self.softcap is not None:

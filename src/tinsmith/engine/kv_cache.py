@@ -1,0 +1,136 @@
+"""The paged key-value cache: pages of PAGE tokens, shared by reference, found again by their content.
+
+A page belongs to one adapter's weights and to one exact prefix of tokens. What a cached page holds is
+bitwise what computing it again would give, so taking it from the cache changes no result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinsmith.engine.model.attention import PAGE
+from tinsmith.engine.model.base import BaseModel
+
+NULL = 0  # a page of zeros that stands where a shorter sequence of a batch has none
+
+
+class PagePool:
+    """Pages of all layers: keys[layer] is [pages, kv heads, PAGE, key dim], values alike, the model's dtype.
+
+    The tensors grow with use up to `capacity` pages. Every page has a number of references; one that nobody
+    refers to any more is kept as long as there is room if its content is known.
+    """
+
+    def __init__(self, model: BaseModel, cache_bytes: int) -> None:
+        self.model = model
+        per_token = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in model.attention_layers)
+        self.page_bytes = max(1, per_token * PAGE * model.dtype.itemsize)
+        self.capacity = max(4, cache_bytes // self.page_bytes)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._references: list[int] = []
+        self._free: list[int] = []
+        self._known: dict[bytes, int] = {}  # content -> page
+        self._content: dict[int, tuple[bytes, int]] = {}  # page -> (content, serial of the weights)
+        self._idle: OrderedDict[int, None] = OrderedDict()  # known pages without references, oldest first
+        self._grow(min(self.capacity + 1, 64))
+        self._free.remove(NULL)
+        self._references[NULL] = 1
+
+    def _grow(self, pages: int) -> None:
+        have = len(self._references)
+        for store, dims in ((self.keys, "key_dim"), (self.values, "value_dim")):
+            for i, shape in enumerate(self.model.attention_layers):
+                # Zeros: a masked score times what lies in an unused place must be zero, never NaN.
+                new = torch.zeros(
+                    pages,
+                    shape.kv_heads,
+                    PAGE,
+                    getattr(shape, dims),
+                    dtype=self.model.dtype,
+                    device=self.model.device,
+                )
+                if have:
+                    new[:have] = store[i]
+                    store[i] = new
+                else:
+                    store.append(new)
+        self._references += [0] * (pages - have)
+        self._free += range(pages - 1, have - 1, -1)
+
+    @property
+    def used(self) -> int:
+        """Pages that somebody refers to."""
+        return len(self._references) - 1 - len(self._free) - len(self._idle)
+
+    def allocate(self) -> int | None:
+        """A page with one reference, or None when all are in use."""
+        if not self._free and len(self._references) < self.capacity + 1:
+            self._grow(min(self.capacity + 1, 2 * len(self._references)))
+        if self._free:
+            page = self._free.pop()
+        elif self._idle:
+            page, _ = self._idle.popitem(last=False)
+            self._forget(page)
+        else:
+            return None
+        self._references[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        if self._references[page] == 0:
+            del self._idle[page]
+        self._references[page] += 1
+
+    def free(self, page: int) -> None:
+        self._references[page] -= 1
+        if self._references[page]:
+            return
+        if page in self._content:
+            self._idle[page] = None
+        else:
+            self._free.append(page)
+
+    def copy(self, source: int, target: int) -> None:
+        for store in (*self.keys, *self.values):
+            store[target] = store[source]
+
+    def find(self, content: bytes) -> int | None:
+        """The page with this content, with one more reference."""
+        page = self._known.get(content)
+        if page is not None:
+            self.share(page)
+        return page
+
+    def remember(self, page: int, content: bytes, serial: int) -> None:
+        """`page` is full and holds this content from now on."""
+        if content not in self._known and page not in self._content:
+            self._known[content] = page
+            self._content[page] = (content, serial)
+
+    def forget_weights(self, serial: int) -> None:
+        """Drop what is known of one adapter's pages."""
+        for page in [p for p, (_, s) in self._content.items() if s == serial]:
+            self._forget(page)
+            if page in self._idle:
+                del self._idle[page]
+                self._free.append(page)
+
+    def _forget(self, page: int) -> None:
+        content, _ = self._content.pop(page)
+        del self._known[content]
+
+
+def chain(previous: bytes, tokens: list[int]) -> bytes:
+    """The content of a page: its tokens and, through `previous`, all before them."""
+    return hashlib.blake2b(previous + np.asarray(tokens, np.int64).tobytes(), digest_size=16).digest()
+
+
+def root(serial: int) -> bytes:
+    """Where the chain of one adapter's pages begins."""
+    return b"tinsmith" + serial.to_bytes(8, "little")

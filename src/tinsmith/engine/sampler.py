@@ -1,0 +1,466 @@
+"""Continuous batching: every step advances all running sequences, prefills and decodes alike, in one pass.
+
+A sequence is its tokens and how many of them are in the cache. What is missing is computed: one token
+while it decodes, more while its prompt (or, after it had to make room, its prompt and output) is
+prefilled. That is all the state there is, so joining, leaving, making room and coming back change nothing
+about a result.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from tinsmith.engine.commands import Done, Failed, Sample, SampleParams
+from tinsmith.engine.kv_cache import PagePool, chain, root
+from tinsmith.engine.model.attention import PAGE, ROWS, round_up
+from tinsmith.engine.model.base import BaseModel
+from tinsmith.engine.model.lora import AdapterWeights
+from tinsmith.engine.model.packing import Pass, Segment
+from tinsmith.engine.paged_attention import Chunk, PagedAttention
+from tinsmith.engine.runs import Answer
+from tinsmith.engine.sampling import StopCheck, choose, scaled, top, uniforms
+from tinsmith.wire.sampling import EMPTY_LOGPROB, EMPTY_TOKEN, Sampled, TopK, encode_response
+from tinsmith.wire.training import ContentError
+
+log = logging.getLogger(__name__)
+
+PREFILL_ROWS = {"cpu": 512, "cuda": 8192}  # prompt tokens of a step
+RUNNING = 256  # sequences of a step
+MAX_SAMPLES = 4096
+MAX_TOPK = 20
+LOGIT_ROWS = 256  # rows whose logits exist at a time
+
+
+@dataclass(slots=True)
+class _Request:
+    command: Sample
+    weights: AdapterWeights | None
+    answer: Answer
+    prompt: list[int]
+    limit: int  # output tokens at most
+    stop: StopCheck
+    live: list[_Sequence] = field(default_factory=list)
+    finished: dict[int, Sampled] = field(default_factory=dict)
+    cached: int = 0
+    prompt_logprobs: list[np.ndarray] = field(default_factory=list)
+    prompt_topk: list[TopK] = field(default_factory=list)
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.command.prompt_logprobs or self.command.topk_prompt > 0
+
+    @property
+    def serial(self) -> int:
+        return self.weights.serial if self.weights is not None else 0
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    request: _Request
+    index: int
+    tokens: list[int]
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    known: int = 0  # pages whose content has been made known
+    content: bytes = b""
+    logprobs: list[float] = field(default_factory=list)
+    topk: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+
+class Sampler:
+    """All sampling of one base model, with any mix of adapters."""
+
+    def __init__(self, model: BaseModel, cache_bytes: int) -> None:
+        self.model = model
+        self.pool = PagePool(model, cache_bytes)
+        self.waiting: deque[_Sequence] = deque()
+        self.running: list[_Sequence] = []
+        self.requests: dict[str, _Request] = {}
+        self.sampled_tokens = 0
+
+    @property
+    def pending(self) -> int:
+        """Sequences that are not finished."""
+        return len(self.waiting) + len(self.running)
+
+    def add(self, command: Sample, weights: AdapterWeights | None, answer: Answer) -> None:
+        """Take a request. Raises ContentError, naming the field."""
+        if command.request in self.requests:
+            raise ContentError(f"request {command.request} is running already")
+        prompt = np.frombuffer(command.prompt, dtype="<i4").tolist()
+        limit = _check(self.model, command, prompt)
+        needed = math.ceil((len(prompt) + 1) / PAGE)
+        if needed > self.pool.capacity:
+            need, have = needed * self.pool.page_bytes, self.pool.capacity * self.pool.page_bytes
+            raise ContentError(
+                f"the prompt of {len(prompt)} tokens needs {need} bytes of cache; this server has {have}. "
+                "Send a shorter prompt or raise --memory"
+            )
+        stop = StopCheck(command.params.stop, self.model.eos_token_ids, self.model.tokenizer)
+        request = _Request(command, weights, answer, prompt, limit, stop)
+        self.requests[command.request] = request
+        # The other samples join when the first has computed the prompt for all.
+        request.live.append(_Sequence(request, 0, list(prompt)))
+        self.waiting.append(request.live[0])
+
+    def cancel(self, name: str) -> None:
+        """Stop a request and free what it held."""
+        request = self.requests.get(name)
+        if request is not None:
+            self._fail(request, "cancelled", "user")
+
+    def release(self, weights: AdapterWeights) -> None:
+        """Forget what the cache knows of an adapter."""
+        self.pool.forget_weights(weights.serial)
+
+    # One step
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Advance everything once. True while there is more to do."""
+        self._admit()
+        plan = self._plan()
+        if plan:
+            try:
+                self._advance(plan)
+            except Exception as error:
+                log.exception("a sampling step failed")
+                text = f"sampling failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                for request in {id(s.request): s.request for s, _ in plan}.values():
+                    self._fail(request, text, "server")
+        return self.pending > 0
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < RUNNING:
+            sequence = self.waiting[0]
+            if self.running and not self._room_for(sequence):
+                return
+            self.waiting.popleft()
+            self._take_known_pages(sequence)
+            self.running.append(sequence)
+
+    def _room_for(self, sequence: _Sequence) -> bool:
+        """Whether its tokens fit beside what runs, with a page to spare for each of those."""
+        needed = math.ceil((len(sequence.tokens) + 1) / PAGE)
+        return self.pool.used + needed + len(self.running) <= self.pool.capacity
+
+    def _take_known_pages(self, sequence: _Sequence) -> None:
+        """Begin behind the longest prefix that the cache knows; the last token is always computed."""
+        sequence.content, sequence.known = root(sequence.request.serial), 0
+        fresh = not sequence.logprobs
+        if fresh and sequence.request.scores_prompt:
+            return
+        while (sequence.known + 1) * PAGE < len(sequence.tokens):
+            start = sequence.known * PAGE
+            content = chain(sequence.content, sequence.tokens[start : start + PAGE])
+            page = self.pool.find(content)
+            if page is None:
+                break
+            sequence.pages.append(page)
+            sequence.content, sequence.known = content, sequence.known + 1
+        sequence.computed = sequence.known * PAGE
+        if fresh and sequence.index == 0:
+            sequence.request.cached = min(sequence.computed, len(sequence.request.prompt))
+
+    def _plan(self) -> list[tuple[_Sequence, int]]:
+        """(sequence, new tokens) of this step, each with its pages; the youngest make room for the older."""
+        budget = PREFILL_ROWS[self.model.device.type]
+        plan: list[tuple[_Sequence, int]] = []
+        for sequence in list(self.running):
+            if sequence not in self.running:
+                continue  # it has made room
+            missing = len(sequence.tokens) - sequence.computed
+            count = missing if missing == 1 else min(missing, budget)
+            if count == 0:
+                continue
+            if not self._reserve(sequence, sequence.computed + count):
+                continue
+            if missing > 1:
+                budget -= count
+            plan.append((sequence, count))
+        return [(s, n) for s, n in plan if s in self.running]
+
+    def _reserve(self, sequence: _Sequence, tokens: int) -> bool:
+        while len(sequence.pages) * PAGE < tokens:
+            page = self.pool.allocate()
+            if page is not None:
+                sequence.pages.append(page)
+                continue
+            youngest = self.running[-1]
+            if youngest is sequence and len(self.running) == 1:
+                self._fail(
+                    sequence.request,
+                    f"the sequence has grown to {tokens} tokens, for which the cache of "
+                    f"{self.pool.capacity * PAGE} tokens has no room. Set a smaller max_tokens or "
+                    "raise --memory",
+                    "user",
+                )
+                return False
+            self._put_off(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _put_off(self, sequence: _Sequence) -> None:
+        """Free a sequence's pages; it is computed again when there is room."""
+        self._free(sequence)
+        if not sequence.logprobs:  # its prompt will be scored again from the start
+            sequence.request.prompt_logprobs.clear()
+            sequence.request.prompt_topk.clear()
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _free(self, sequence: _Sequence) -> None:
+        for page in sequence.pages:
+            self.pool.free(page)
+        sequence.pages, sequence.computed, sequence.known = [], 0, 0
+
+    def _advance(self, plan: Sequence[tuple[_Sequence, int]]) -> None:
+        groups: dict[int, list[tuple[_Sequence, int]]] = {}
+        for sequence, count in plan:
+            groups.setdefault(sequence.request.serial, []).append((sequence, count))
+        segments: list[Segment] = []
+        chunks: list[Chunk] = []
+        placed: list[tuple[_Sequence, int, int]] = []  # sequence, first row, count
+        ids: list[int] = []
+        positions: list[int] = []
+        for members in groups.values():
+            start = len(ids)
+            for sequence, count in members:
+                first = sequence.computed
+                chunks.append(Chunk(len(ids), count, first, sequence.pages))
+                placed.append((sequence, len(ids), count))
+                ids += sequence.tokens[first : first + count]
+                positions += range(first, first + count)
+            padding = round_up(len(ids), ROWS) - len(ids)
+            ids += [0] * padding
+            positions += [0] * padding
+            segments.append(Segment(start, len(ids), members[0][0].request.weights))
+        device = self.model.device
+        attention = PagedAttention(self.pool, chunks, len(ids))
+        hidden = self.model.hidden(
+            torch.tensor(ids, device=device),
+            torch.tensor(positions, device=device),
+            Pass(segments, attention),
+        )
+        ready: list[tuple[_Sequence, int]] = []
+        for sequence, row, count in placed:
+            request = sequence.request
+            if request.scores_prompt and not sequence.logprobs and sequence.computed < len(request.prompt):
+                self._score_prompt(sequence, hidden, row, count)
+            sequence.computed += count
+            self._make_known(sequence)
+            if sequence.computed == len(sequence.tokens):
+                ready.append((sequence, row + count - 1))
+        for at in range(0, len(ready), LOGIT_ROWS):
+            self._extend(ready[at : at + LOGIT_ROWS], hidden)
+
+    def _make_known(self, sequence: _Sequence) -> None:
+        while (sequence.known + 1) * PAGE <= sequence.computed:
+            start = sequence.known * PAGE
+            sequence.content = chain(sequence.content, sequence.tokens[start : start + PAGE])
+            self.pool.remember(sequence.pages[sequence.known], sequence.content, sequence.request.serial)
+            sequence.known += 1
+
+    def _score_prompt(self, sequence: _Sequence, hidden: torch.Tensor, row: int, count: int) -> None:
+        """Logprobs of the prompt tokens that follow the rows [row, row + count)."""
+        request = sequence.request
+        targets = request.prompt[sequence.computed + 1 : sequence.computed + count + 1]
+        for at in range(0, len(targets), LOGIT_ROWS):
+            part = targets[at : at + LOGIT_ROWS]
+            rows = torch.arange(row + at, row + at + len(part), device=hidden.device)
+            table = self.model.log_softmax(self._logits(hidden, rows, [request.weights] * len(part)))
+            chosen = torch.tensor(part, device=hidden.device)[:, None]
+            if request.command.prompt_logprobs:
+                request.prompt_logprobs.append(table.gather(1, chosen)[:, 0].cpu().numpy())
+            if request.command.topk_prompt:
+                request.prompt_topk.append(TopK(*top(table, request.command.topk_prompt)))
+
+    def _logits(
+        self, hidden: torch.Tensor, rows: torch.Tensor, weights: Sequence[AdapterWeights | None]
+    ) -> torch.Tensor:
+        """Logits of some rows; rows of one adapter stand together."""
+        index: list[torch.Tensor] = []
+        keep: list[int] = []
+        segments: list[Segment] = []
+        at = size = 0
+        while at < len(weights):
+            stop = at + 1
+            while stop < len(weights) and weights[stop] is weights[at]:
+                stop += 1
+            count = stop - at
+            padded = round_up(count, ROWS)
+            index.append(torch.nn.functional.pad(rows[at:stop], (0, padded - count), value=int(rows[at])))
+            keep += range(size, size + count)
+            segments.append(Segment(size, size + padded, weights[at]))
+            at, size = stop, size + padded
+        logits = self.model.logits(hidden[torch.cat(index)], Pass(segments))
+        return logits if len(keep) == size else logits[torch.tensor(keep, device=logits.device)]
+
+    def _extend(self, ready: Sequence[tuple[_Sequence, int]], hidden: torch.Tensor) -> None:
+        """Sample the next token of every ready sequence, and the first one of its siblings."""
+        source: list[int] = []  # for each sequence, the row of `logits` that it samples from
+        members: list[_Sequence] = []
+        for i, (sequence, _) in enumerate(ready):
+            members.append(sequence)
+            source.append(i)
+            for sibling in self._siblings(sequence):
+                members.append(sibling)
+                source.append(i)
+        rows = torch.tensor([row for _, row in ready], device=hidden.device)
+        logits = self._logits(hidden, rows, [s.request.weights for s, _ in ready])
+        for at in range(0, len(members), LOGIT_ROWS):
+            part = members[at : at + LOGIT_ROWS]
+            params = [s.request.command.params for s in part]
+            values = scaled(
+                logits[torch.tensor(source[at : at + LOGIT_ROWS], device=logits.device)],
+                [p.temperature for p in params],
+            )
+            draws = uniforms([p.seed for p in params], [s.index for s in part], [len(s.tokens) for s in part])
+            chosen = choose(values, params, draws)
+            table = self.model.log_softmax(values)
+            taken = table.gather(1, torch.tensor(chosen, device=table.device)[:, None])[:, 0].tolist()
+            k = max(s.request.command.topk_sample for s in part)
+            best = top(table, k) if k else None
+            for i, (sequence, token, logprob) in enumerate(zip(part, chosen, taken, strict=True)):
+                sequence.tokens.append(token)
+                sequence.logprobs.append(logprob)
+                shown = sequence.request.command.topk_sample
+                if shown and best is not None:
+                    sequence.topk.append((best[0][i, :shown], best[1][i, :shown]))
+                self._maybe_finish(sequence)
+
+    def _siblings(self, sequence: _Sequence) -> list[_Sequence]:
+        """The other samples of a request whose prompt has just been computed: they share its pages."""
+        request = sequence.request
+        if sequence.index or sequence.logprobs or request.command.num_samples == 1:
+            return []
+        full, rest = divmod(len(request.prompt), PAGE)
+        made: list[_Sequence] = []
+        for index in range(1, request.command.num_samples):
+            sibling = _Sequence(request, index, list(request.prompt))
+            request.live.append(sibling)
+            made.append(sibling)
+            if len(self.running) >= RUNNING:
+                self.waiting.append(sibling)  # comes back behind the pages that the cache knows
+                continue
+            sibling.pages = sequence.pages[:full]
+            for page in sibling.pages:
+                self.pool.share(page)
+            sibling.known, sibling.content, sibling.computed = full, sequence.content, full * PAGE
+            if rest and (copied := self.pool.allocate()) is not None:
+                self.pool.copy(sequence.pages[full], copied)
+                sibling.pages.append(copied)
+                sibling.computed = len(request.prompt)
+            self.running.append(sibling)
+        return made
+
+    # The end of a sequence
+
+    def _maybe_finish(self, sequence: _Sequence) -> None:
+        request, output = sequence.request, sequence.output
+        stopped = request.stop(output)
+        if not stopped and len(output) < request.limit:
+            return
+        topk = None
+        if sequence.topk:
+            topk = TopK(np.stack([t for t, _ in sequence.topk]), np.stack([p for _, p in sequence.topk]))
+        request.finished[sequence.index] = Sampled(
+            np.array(output, np.int32),
+            np.array(sequence.logprobs, np.float32),
+            "stop" if stopped else "length",
+            topk,
+        )
+        self._drop(sequence)
+        if len(request.finished) == request.command.num_samples:
+            del self.requests[request.command.request]
+            request.answer(self._result(request))
+
+    def _drop(self, sequence: _Sequence) -> None:
+        self._free(sequence)
+        sequence.request.live.remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def _fail(self, request: _Request, message: str, category: str) -> None:
+        for sequence in list(request.live):
+            self._drop(sequence)
+        if self.requests.pop(request.command.request, None) is not None:
+            request.answer(Failed(message, "user" if category == "user" else "server"))
+
+    def _result(self, request: _Request) -> Done:
+        command = request.command
+        sampled = [request.finished[i] for i in range(command.num_samples)]
+        prompt_logprobs = None
+        if command.prompt_logprobs:
+            prompt_logprobs = np.concatenate([np.full(1, np.nan, np.float32), *request.prompt_logprobs])
+        topk_prompt = None
+        if command.topk_prompt:
+            k = command.topk_prompt
+            empty = TopK(np.full((1, k), EMPTY_TOKEN, np.int32), np.full((1, k), EMPTY_LOGPROB, np.float32))
+            parts = [empty, *request.prompt_topk]
+            topk_prompt = TopK(
+                np.concatenate([p.token_ids for p in parts]), np.concatenate([p.logprobs for p in parts])
+            )
+        count = sum(len(s.tokens) for s in sampled)
+        self.sampled_tokens += count
+        usage = {
+            "prefill": len(request.prompt) - request.cached,
+            "cached_prefill": request.cached,
+            "sample": count,
+        }
+        return Done(encode_response(sampled, prompt_logprobs, topk_prompt, request.cached), usage)
+
+
+def _check(model: BaseModel, command: Sample, prompt: list[int]) -> int:
+    """The most output tokens that the request may have. Raises ContentError."""
+    params = command.params
+    if not prompt:
+        raise ContentError("prompt is empty; it needs at least one token")
+    bad = next((t for t in prompt if not 0 <= t < model.vocab_size), None)
+    if bad is not None:
+        raise ContentError(
+            f"prompt contains token {bad}; the vocabulary of {model.name} has ids 0 to {model.vocab_size - 1}"
+        )
+    if not 1 <= command.num_samples <= MAX_SAMPLES:
+        raise ContentError(f"num_samples is {command.num_samples}; it must be from 1 to {MAX_SAMPLES}")
+    _check_params(params)
+    for name in ("topk_prompt", "topk_sample"):
+        k: int = getattr(command, name)
+        most = min(MAX_TOPK, model.vocab_size)
+        if not 0 <= k <= most:
+            raise ContentError(f"{name}_logprobs is {k}; it must be from 0 to {most}")
+    left = model.max_context - len(prompt)
+    wanted = params.max_tokens if params.max_tokens is not None else max(left, 1)
+    if wanted > left:
+        raise ContentError(
+            f"the prompt has {len(prompt)} tokens and max_tokens is {wanted}; together they exceed the "
+            f"context of {model.name}, {model.max_context} tokens"
+        )
+    return wanted
+
+
+def _check_params(params: SampleParams) -> None:
+    if not (math.isfinite(params.temperature) and params.temperature >= 0):
+        raise ContentError(f"temperature is {params.temperature}; it must be a finite number from 0 on")
+    if not 0 < params.top_p <= 1:
+        raise ContentError(f"top_p is {params.top_p}; it must be above 0 and at most 1")
+    if params.top_k < -1:
+        raise ContentError(f"top_k is {params.top_k}; it must be positive, or -1 or 0 for all tokens")
+    if params.max_tokens is not None and params.max_tokens < 1:
+        raise ContentError(f"max_tokens is {params.max_tokens}; it must be at least 1")
+    if any(s == "" for s in params.stop or ()):
+        raise ContentError("stop contains an empty string; leave it out")

@@ -1,0 +1,107 @@
+"""From logits to tokens, each row by itself: what a row gives depends on nothing beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tinsmith.engine.commands import SampleParams
+
+_MASK = (1 << 64) - 1
+
+
+def uniforms(
+    seeds: Sequence[int], samples: Sequence[int], positions: Sequence[int]
+) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) for each (seed, sample, position), and nothing else.
+
+    SplitMix64 (Steele, Lea, Flood 2014) as a counter-based generator: no state to carry along, so a
+    sequence that was put off and taken up again draws what it would have drawn.
+    """
+    x = np.array([s & _MASK for s in seeds], dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for part in (samples, positions):
+            x = _mix(x + np.uint64(0x9E3779B97F4A7C15) * (np.asarray(part, dtype=np.uint64) + np.uint64(1)))
+        x = _mix(x)
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def scaled(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """fp32 logits at each row's temperature; greedy rows (0) stay at 1."""
+    t = torch.tensor([x or 1.0 for x in temperatures], device=logits.device)
+    return logits.float() / t.unsqueeze(1)
+
+
+def choose(logits: Tensor, params: Sequence[SampleParams], draws: npt.NDArray[np.float64]) -> list[int]:
+    """A token of each row of scaled fp32 logits [n, vocab], by inverse CDF at `draws`.
+
+    top_k first, then top_p on what is left, renormalized, as vLLM does.
+    """
+    out = torch.empty(len(params), dtype=torch.int64, device=logits.device)
+    u = torch.from_numpy(draws).to(logits.device)
+    greedy = [i for i, p in enumerate(params) if p.temperature == 0]
+    cut = [i for i, p in enumerate(params) if p.temperature and (p.top_k > 0 or p.top_p < 1)]
+    free = sorted(set(range(len(params))) - set(greedy) - set(cut))
+    if greedy:
+        out[greedy] = logits[greedy].argmax(-1)
+    if free:
+        out[free] = _invert(torch.softmax(logits[free], -1).double(), u[free])
+    if cut:
+        p, order = torch.softmax(logits[cut], -1).double().sort(dim=-1, descending=True, stable=True)
+        vocab = p.shape[1]
+        ks = torch.tensor([params[i].top_k if params[i].top_k > 0 else vocab for i in cut], device=p.device)
+        ps = torch.tensor([params[i].top_p for i in cut], dtype=torch.float64, device=p.device)
+        p = torch.where(torch.arange(vocab, device=p.device) < ks[:, None], p, 0.0)
+        cumulative = p.cumsum(-1)
+        p = torch.where(cumulative - p < ps[:, None] * cumulative[:, -1:], p, 0.0)
+        out[cut] = order.gather(1, _invert(p, u[cut])[:, None])[:, 0]
+    chosen: list[int] = out.tolist()
+    return chosen
+
+
+def _invert(p: Tensor, u: Tensor) -> Tensor:
+    """The first index at which the running sum of p exceeds u times the whole."""
+    cumulative = p.cumsum(-1)
+    index = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
+    # Rounding may put u at the very end: the last token that has any probability then.
+    last = p.shape[1] - 1 - (p.flip(-1) > 0).to(torch.int8).argmax(-1)
+    return torch.minimum(index, last)
+
+
+def top(table: Tensor, k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """The k most likely tokens of each row of log-probabilities [n, vocab], and their logprobs [n, k]."""
+    values, indices = table.topk(k, dim=-1)
+    return indices.to(torch.int32).cpu().numpy(), values.cpu().numpy()
+
+
+class StopCheck:
+    """Whether an output has come to a stop: by an end token, by given tokens, or by given strings."""
+
+    def __init__(
+        self, stop: tuple[int, ...] | tuple[str, ...] | None, end: Sequence[int], tokenizer: Any
+    ) -> None:
+        self._tokens: set[int] = set(end) if stop is None else {s for s in stop if isinstance(s, int)}
+        self._strings = [s for s in stop or () if isinstance(s, str)]
+        self._tokenizer = tokenizer
+        # A token has at least one byte, so a match that ends with the newest token begins in here.
+        self._window = max((len(s.encode()) for s in self._strings), default=0) + 8
+
+    def __call__(self, output: Sequence[int]) -> bool:
+        """True if the output stops with its newest token, which is part of it."""
+        if output[-1] in self._tokens:
+            return True
+        if not self._strings:
+            return False
+        text = self._tokenizer.decode(output[-self._window :], skip_special_tokens=False)
+        return any(s in text for s in self._strings)
