@@ -1,0 +1,340 @@
+"""An engine in a child process, and the client that speaks to it.
+
+A long kernel never stalls the parent's event loop, and a crash of one never takes the other down. They
+speak frames over a socket pair: eight bytes of length and a pickle, between a parent and its own child
+alone. The child ends when the parent does. This module imports no torch until it runs as the child.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import dataclasses
+import importlib
+import logging
+import os
+import pickle
+import queue
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from tinsmith.engine.commands import Command, EngineConfig, EngineInfo, EngineLost, Reply
+
+log = logging.getLogger(__name__)
+
+_LENGTH = struct.Struct("<Q")
+_ENGINE = "tinsmith.engine.engine:Engine"
+_DEATHS, _WINDOW = 5, 60.0  # so many deaths in so many seconds, and it is not started again
+
+
+class EngineStartError(Exception):
+    """The engine could not start; the message says why."""
+
+
+class ProcessEngine:
+    """EngineClient to a child process, which is started again when it dies."""
+
+    def __init__(self, config: EngineConfig, *, factory: str = _ENGINE) -> None:
+        """`factory` is the "module:name" of what the child drives; tests put a smaller one in its place."""
+        self._config = config
+        self._factory = factory
+        self._info: EngineInfo | None = None
+        self._generation = 0
+        self._ready = False
+        self._stopping = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._pending: dict[int, asyncio.Future[Reply]] = {}
+        self._held: list[tuple[int, Command]] = []  # submitted while no engine was there
+        self._given_up = False
+        self._next = 0
+        self._callbacks: list[Callable[[int], None]] = []
+        self._deaths: list[float] = []
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise RuntimeError("the engine has not been started")
+        return self._info
+
+    @property
+    def generation(self) -> int:
+        return self._generation
+
+    @property
+    def ready(self) -> bool:
+        return self._ready
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id while there is one."""
+        return self._process.pid if self._process is not None else None
+
+    async def start(self) -> EngineInfo:
+        """Start the child and wait until it can work. Raises EngineStartError."""
+        reader = await self._spawn()
+        self._watch = asyncio.create_task(self._live(reader))
+        return self.info
+
+    def submit(self, command: Command) -> Awaitable[Reply]:
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        if self._given_up or self._stopping:
+            future.set_exception(EngineLost("the engine is not running"))
+            return future
+        self._next += 1
+        self._pending[self._next] = future
+        if self._ready and self._writer is not None:
+            self._send(self._next, command)
+        else:
+            self._held.append((self._next, command))
+        return future
+
+    def on_lost(self, callback: Callable[[int], None]) -> None:
+        self._callbacks.append(callback)
+
+    async def stop(self, grace: float) -> None:
+        """Let submitted work finish for up to `grace` seconds, then end the child, kindly and then not."""
+        self._stopping = True
+        process = self._process
+        if process is not None:
+            if self._writer is not None and self._ready:
+                with contextlib.suppress(OSError):
+                    self._writer.write(_frame(None))
+            for patience, action in ((grace, process.terminate), (2.0, process.kill), (10.0, None)):
+                if await self._ended(process, patience) or action is None:
+                    break
+                action()
+        if self._watch is not None:
+            # The last replies may still be on their way through the socket.
+            with contextlib.suppress(asyncio.TimeoutError, asyncio.CancelledError):
+                await asyncio.wait_for(self._watch, 5)
+        if self._writer is not None:
+            self._writer.close()
+        self._ready = False
+        self._lose("the engine has been stopped")
+
+    @staticmethod
+    async def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+        def wait() -> bool:
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return False
+            return True
+
+        return await asyncio.to_thread(wait)
+
+    async def _spawn(self) -> asyncio.StreamReader:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "tinsmith.engine.process", str(theirs.fileno())]
+        environment = dict(os.environ)
+        # The child finds the package where this process found it, installed or not.
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        # A session of its own: Ctrl-C in the terminal reaches the parent alone, which ends the child.
+        self._process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        theirs.close()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        writer.write(_frame((self._config, self._factory, os.getpid())))
+        try:
+            kind, value = pickle.loads(await _read(reader))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            code = await asyncio.to_thread(self._process.wait)
+            writer.close()
+            raise EngineStartError(
+                f"the engine process ended with status {code} while it was starting"
+            ) from None
+        if kind == "error":
+            await asyncio.to_thread(self._process.wait)
+            writer.close()
+            raise EngineStartError(value)
+        self._info, self._writer = value, writer
+        self._generation += 1
+        self._ready = True
+        held, self._held = self._held, []
+        for number, waiting in held:
+            self._send(number, waiting)
+        return reader
+
+    def _send(self, number: int, command: Command) -> None:
+        assert self._writer is not None
+        self._writer.write(_frame((number, command)))
+
+    async def _live(self, reader: asyncio.StreamReader | None) -> None:
+        """Take replies; when the child dies, say so and start another."""
+        while reader is not None:
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    number, reply = pickle.loads(await _read(reader))
+                    future = self._pending.pop(number, None)
+                    if future is not None and not future.done():
+                        future.set_result(reply)
+            if self._stopping:
+                return
+            reader = await self._reborn()
+
+    async def _reborn(self) -> asyncio.StreamReader | None:
+        assert self._process is not None
+        self._ready = False
+        if self._writer is not None:
+            self._writer.close()
+        code = await asyncio.to_thread(self._process.wait)
+        log.error("the engine process died (status %s)", code)
+        self._lose("the engine process died")
+        lost = self._generation
+        for callback in self._callbacks:
+            callback(lost)
+        while not self._stopping:
+            now = time.monotonic()
+            self._deaths = [t for t in self._deaths if now - t < _WINDOW] + [now]
+            if len(self._deaths) >= _DEATHS:
+                log.critical("the engine died %d times within %d s: giving up", _DEATHS, _WINDOW)
+                self._given_up = True
+                self._lose("the engine keeps dying and has been given up")
+                return None
+            try:
+                return await self._spawn()
+            except EngineStartError as error:
+                log.error("the engine could not be started again: %s", error)
+                await asyncio.sleep(2.0 ** len(self._deaths) / 4)
+        return None
+
+    def _lose(self, why: str) -> None:
+        self._held.clear()
+        pending, self._pending = self._pending, {}
+        for future in pending.values():
+            if not future.done():
+                future.set_exception(EngineLost(why))
+                future.exception()  # nobody may be waiting any more
+
+
+def _frame(value: object) -> bytes:
+    data = pickle.dumps(value, protocol=5)
+    return _LENGTH.pack(len(data)) + data
+
+
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    return await reader.readexactly(length)
+
+
+# The child
+
+
+class _Drivable(Protocol):
+    def info(self) -> EngineInfo: ...
+
+    def submit(self, command: Command, answer: Callable[[Reply], None]) -> None: ...
+
+    def step(self) -> bool: ...
+
+
+def _receive(stream: Any) -> Any:
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        raise EOFError
+    (length,) = _LENGTH.unpack(head)
+    data = stream.read(length)
+    if len(data) < length:
+        raise EOFError
+    return pickle.loads(data)
+
+
+def _serve(connection: socket.socket) -> None:
+    """Build the engine that the parent describes and drive it until the parent says stop or is gone."""
+    stream = connection.makefile("rb")
+    config, factory, parent = _receive(stream)
+    _end_with(parent)
+    if config.threads is None:
+        config = dataclasses.replace(config, threads=len(os.sched_getaffinity(0)))
+    module, _, name = factory.partition(":")
+    try:
+        engine: _Drivable = getattr(importlib.import_module(module), name)(config)
+        hello = ("ready", engine.info())
+    except Exception as error:
+        log.debug("the engine could not start", exc_info=True)
+        text = str(error) or type(error).__name__
+        known = type(error).__name__ == "ModelError"
+        connection.sendall(_frame(("error", text if known else f"{type(error).__name__}: {text}")))
+        return
+    connection.sendall(_frame(hello))
+    incoming: queue.SimpleQueue[tuple[int, Command] | None] = queue.SimpleQueue()
+    outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        try:
+            while (message := _receive(stream)) is not None:
+                incoming.put(message)
+        except (EOFError, OSError):
+            os._exit(0)  # the parent is gone: nobody is left to answer
+        incoming.put(None)
+
+    def write() -> None:
+        while (data := outgoing.get()) is not None:
+            try:
+                connection.sendall(data)
+            except OSError:
+                os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    _drive(engine, incoming, lambda number, reply: outgoing.put(_frame((number, reply))))
+    outgoing.put(None)
+    writer.join()
+
+
+def _drive(
+    engine: _Drivable,
+    incoming: queue.SimpleQueue[tuple[int, Command] | None],
+    answer: Callable[[int, Reply], None],
+) -> None:
+    """Submit what has come in, step while there is work, sleep while there is none."""
+    working, stopping = False, False
+    while working or not stopping:
+        with contextlib.suppress(queue.Empty):
+            while not stopping:
+                message = incoming.get(block=not working)
+                if message is None:
+                    stopping = True
+                    break
+                number, command = message
+                engine.submit(command, lambda reply, number=number: answer(number, reply))  # type: ignore[misc]
+                working = True
+        working = working and engine.step()
+
+
+def _end_with(parent: int) -> None:
+    """Ask Linux to end this process when its parent dies, however that happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def main() -> None:
+    """The child's entry: the number of the socket's file descriptor is the only argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(
+        level=os.environ.get("TINSMITH_LOG_LEVEL", "WARNING").upper(),
+        format="%(asctime)s %(levelname)s engine %(name)s: %(message)s",
+    )
+    _serve(socket.socket(fileno=int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The engine's process: order, large frames, death, restart, and a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinsmith.engine.commands import (
+    Command,
+    Done,
+    EngineConfig,
+    EngineInfo,
+    EngineLost,
+    ForwardBackward,
+    GetStatus,
+    ModelSource,
+    Reply,
+)
+from tinsmith.engine.process import EngineStartError, ProcessEngine
+
+
+class EchoEngine:
+    """Answers a step later, with what it was told; "slow" takes its time, "die" dies."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.models:
+            raise ValueError(f"no model {config.models[0].name}")
+        self.todo: list[tuple[Command, Callable[[Reply], None]]] = []
+
+    def info(self) -> EngineInfo:
+        return EngineInfo("test", True, {}, {})
+
+    def submit(self, command: Command, answer: Callable[[Reply], None]) -> None:
+        self.todo.append((command, answer))
+
+    def step(self) -> bool:
+        command, answer = self.todo.pop(0)
+        assert isinstance(command, ForwardBackward)
+        if command.run == "slow":
+            time.sleep(0.5)
+        if command.run == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        answer(Done(command.body))
+        return bool(self.todo)
+
+
+def told(run: str, body: bytes = b"") -> ForwardBackward:
+    return ForwardBackward(run, 1, body)
+
+
+@asynccontextmanager
+async def running(**config: Any) -> AsyncIterator[ProcessEngine]:
+    engine = ProcessEngine(
+        EngineConfig(models=(), spill_dir="", **config), factory="tests.engine.test_process:EchoEngine"
+    )
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_the_parent_imports_no_torch() -> None:
+    code = "import tinsmith.engine.process, tinsmith.engine.commands, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_replies_come_in_order_and_frames_may_be_large() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            large = os.urandom(120 << 20)
+            futures = [engine.submit(told("x", b)) for b in (b"1", large, b"3")]
+            replies = await asyncio.gather(*futures)
+            assert [r.payload for r in replies if isinstance(r, Done)] == [b"1", large, b"3"]
+
+    asyncio.run(main())
+
+
+def test_a_dead_engine_is_reported_and_started_again() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            lost: list[int] = []
+            engine.on_lost(lost.append)
+            first = engine.pid
+            assert isinstance(await engine.submit(told("slow")), Done)
+            waiting = [engine.submit(told("die")), engine.submit(told("x"))]
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+            assert [type(r) for r in results] == [EngineLost, EngineLost]
+            assert lost == [1]
+            assert isinstance(await engine.submit(told("x", b"again")), Done)  # waits for the new life
+            assert engine.generation == 2
+            assert engine.pid != first
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_keeps_dying_is_given_up() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            for _ in range(5):
+                with pytest.raises(EngineLost):
+                    await engine.submit(told("die"))
+            for _ in range(100):
+                if engine._given_up:
+                    break
+                await asyncio.sleep(0.05)
+            with pytest.raises(EngineLost):
+                await engine.submit(told("x"))
+            assert not engine.ready
+
+    asyncio.run(main())
+
+
+def test_stop_lets_work_finish_and_leaves_no_process() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            pid = engine.pid
+            assert pid is not None
+            work = [engine.submit(told("slow")), engine.submit(told("x", b"last"))]
+            await engine.stop(10)
+            assert [type(r) for r in await asyncio.gather(*work)] == [Done, Done]
+            assert not alive(pid)
+            with pytest.raises(EngineLost):
+                await engine.submit(told("x"))
+
+    asyncio.run(main())
+
+
+def test_stop_without_grace_does_not_wait() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            pid = engine.pid
+            work = [engine.submit(told("slow")) for _ in range(20)]
+            began = time.monotonic()
+            await engine.stop(0)
+            assert time.monotonic() - began < 5
+            assert pid is not None
+            assert not alive(pid)
+            results = await asyncio.gather(*work, return_exceptions=True)
+            assert isinstance(results[-1], EngineLost)
+
+    asyncio.run(main())
+
+
+def test_the_child_ends_with_its_parent() -> None:
+    code = """
+import asyncio, sys
+from tests.engine.test_process import ProcessEngine, EngineConfig
+async def main():
+    engine = ProcessEngine(EngineConfig((), ""), factory="tests.engine.test_process:EchoEngine")
+    await engine.start()
+    print(engine.pid, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert alive(pid)
+        parent.kill()
+        parent.wait()
+    for _ in range(100):
+        if not alive(pid):
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the engine outlived its parent")
+
+
+class TestStart:
+    def test_an_error_is_one_clean_message(self) -> None:
+        config = EngineConfig((ModelSource("no/such", "/nowhere"),), "")
+        engine = ProcessEngine(config, factory="tests.engine.test_process:EchoEngine")
+        with pytest.raises(EngineStartError, match=r"^ValueError: no model no/such$"):
+            asyncio.run(engine.start())
+
+    def test_the_real_engine_starts_and_names_a_missing_folder(self, folder: Callable[[str], Path]) -> None:
+        async def main() -> None:
+            good = ProcessEngine(
+                EngineConfig((ModelSource("a/b", str(folder("qwen3"))),), "", "cpu", "fp32", threads=1)
+            )
+            info = await good.start()
+            assert info.models["a/b"].vocab_size == 512
+            reply = await good.submit(GetStatus())
+            assert isinstance(reply, Done)
+            await good.stop(1)
+            bad = ProcessEngine(EngineConfig((ModelSource("a/b", "/nowhere"),), ""))
+            with pytest.raises(EngineStartError, match=r"^a/b: there is no folder /nowhere$"):
+                await bad.start()
+
+        asyncio.run(main())
