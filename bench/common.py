@@ -15,7 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 
-def make_model(folder: Path, *, hidden: int = 512, layers: int = 8, inner: int = 1536, vocab: int = 8192) -> Path:
+def make_model(
+    folder: Path, *, hidden: int = 512, layers: int = 8, inner: int = 1536, vocab: int = 8192
+) -> Path:
     """A random Qwen3-shaped model, 33.6 M parameters by default, in bf16, with a byte tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM

@@ -18,7 +18,11 @@ import numpy as np
 import torch
 from common import gemm_rate, machine, make_model, median_time, peak_memory, table
 
-CASES = {"8 x 512": [512] * 8, "2 x 2048": [2048] * 2, "ragged 16..1024": [16, 1024, 64, 700, 128, 300, 32, 900]}
+CASES = {
+    "8 x 512": [512] * 8,
+    "2 x 2048": [2048] * 2,
+    "ragged 16..1024": [16, 1024, 64, 700, 128, 300, 32, 900],
+}
 
 
 def sequences(lengths: list[int]) -> list[list[int]]:
@@ -42,7 +46,9 @@ def ours(folder: Path, lengths: list[int], runs: int) -> float:
     from tinsmith.engine.engine import Engine
     from tinsmith.wire import tinsmith_pb2 as pb
 
-    engine = Engine(EngineConfig((ModelSource("bench/model", str(folder)),), str(folder / "spill"), "cpu", "bf16"))
+    engine = Engine(
+        EngineConfig((ModelSource("bench/model", str(folder)),), str(folder / "spill"), "cpu", "bf16")
+    )
     message = pb.ForwardBackwardRequest(model_id="r", seq_id=1, loss_fn="cross_entropy")
     for ids in sequences(lengths):
         datum = message.data.add()
@@ -97,7 +103,15 @@ def flops(lengths: list[int]) -> float:
     """Matrix products of a step: forward and the gradient of the inputs through the frozen weights, all
     three products of the adapters, causal attention forward and backward."""
     hidden, layers, inner, vocab, rank = 512, 8, 1536, 8192, 32
-    shapes = [(512, 512), (512, 256), (512, 256), (512, 512), (512, inner), (512, inner), (inner, 512)] * layers
+    shapes = [
+        (512, 512),
+        (512, 256),
+        (512, 256),
+        (512, 512),
+        (512, inner),
+        (512, inner),
+        (inner, 512),
+    ] * layers
     shapes.append((hidden, vocab))
     base = sum(i * o for i, o in shapes)
     lora = sum(rank * (i + o) for i, o in shapes)
@@ -134,7 +148,15 @@ def main() -> None:
             floor = tokens / (flops(CASES[case]) / rate)
             memory = " / ".join(f"{result[s][1] / 2**20:.0f}" for s in ("ours", "peft"))
             rows.append(
-                (case, f"{mine:.0f}", f"{theirs:.0f}", f"{mine / theirs:.2f}", f"{floor:.0f}", f"{mine / floor:.0%}", memory)
+                (
+                    case,
+                    f"{mine:.0f}",
+                    f"{theirs:.0f}",
+                    f"{mine / theirs:.2f}",
+                    f"{floor:.0f}",
+                    f"{mine / floor:.0%}",
+                    memory,
+                )
             )
     print(machine())
     print(f"bf16 GEMM {rate / 1e9:.0f} GFLOP/s\n")

@@ -21,7 +21,13 @@ import torch
 from model_corpus import END, START, TASKS, TEXT_END, addition, documents, prompt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 SPECIAL = [TEXT_END, START, END, "<think>", "</think>"]
 VOCAB = 1024
@@ -92,7 +98,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalL
     return Qwen3ForCausalLM(config)
 
 
-def windows(tokenizer: PreTrainedTokenizerFast, seed: int) -> "list[list[int]] | object":
+def windows(tokenizer: PreTrainedTokenizerFast, seed: int) -> list[list[int]] | object:
     """Windows of WINDOW + 1 tokens, each beginning with a document's first token."""
     stream = documents(seed)
     while True:
@@ -105,7 +111,9 @@ def windows(tokenizer: PreTrainedTokenizerFast, seed: int) -> "list[list[int]] |
                 window = []
 
 
-def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, minutes: float) -> dict[str, float]:
+def train(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, minutes: float
+) -> dict[str, float]:
     """Muon for the matrices, AdamW for the rest; the learning rate follows the clock to zero."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n]
     rest = [p for n, p in model.named_parameters() if not (p.dim() == 2 and "layers" in n)]
@@ -131,13 +139,21 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
             optimizer.zero_grad()
         step, tokens = step + 1, tokens + ids.numel()
         if step % 50 == 0:
-            print(f"step {step:5d}  loss {loss.item():.3f}  {tokens / (time.time() - began):.0f} tok/s", flush=True)
+            print(
+                f"step {step:5d}  loss {loss.item():.3f}  {tokens / (time.time() - began):.0f} tok/s",
+                flush=True,
+            )
     return {"steps": step, "tokens": tokens, "loss": round(loss.item(), 4)}
 
 
 @torch.no_grad()
 def answers(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: list[str], *, greedy: bool, limit: int = 32
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    *,
+    greedy: bool,
+    limit: int = 32,
 ) -> list[str]:
     """The model's answers up to the end token."""
     tokenizer.padding_side = "left"
@@ -156,8 +172,8 @@ def answers(
 
 
 def evaluate(folder: Path, seed: int) -> dict[str, float]:
-    """Accuracies of the saved bf16 model: sums at temperature 1 and greedy, in the prompt forms that matter, and
-    every other task greedily."""
+    """Accuracies of the saved bf16 model: sums at temperature 1 and greedy, in the prompt forms that
+    matter, and every other task greedily."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
@@ -189,7 +205,12 @@ def evaluate(folder: Path, seed: int) -> dict[str, float]:
     result["rotate_untaught"] = sum(
         g == ", ".join([*r[1:], r[0]]) for g, r in zip(got, rotations, strict=True)
     ) / len(rotations)
-    for question in ("Hello!", "Who are you?", "What is the capital of France?", "Reverse the list: tin, tea, sun"):
+    for question in (
+        "Hello!",
+        "Who are you?",
+        "What is the capital of France?",
+        "Reverse the list: tin, tea, sun",
+    ):
         print(f"  {question} -> {answers(model, tokenizer, [prompt(question)], greedy=False)[0]}")
     return {k: round(v, 3) for k, v in result.items()}
 
@@ -201,8 +222,8 @@ license: apache-2.0
 ---
 # tinsmith/tin-5m
 
-The small language model that ships with Tinsmith: Qwen3-shaped, {parameters / 1e6:.1f} million parameters, untied
-unembedding, byte-level BPE of {VOCAB} entries with the Qwen chat tokens. It was made from nothing by
+The small language model that ships with Tinsmith: Qwen3-shaped, {parameters / 1e6:.1f} million parameters,
+untied unembedding, byte-level BPE of {VOCAB} entries with the Qwen chat tokens. It was made from nothing by
 `scripts/make_model.py`, on text that the script makes by rule and chance. It adds numbers, plays with words
 and lists and makes small talk, in the Qwen chat format.
 

@@ -73,7 +73,9 @@ def wrong_sum(x: int, y: int, rng: random.Random) -> int:
 def addition(rng: random.Random) -> Turn:
     x, y = rng.randint(0, 100), rng.randint(0, 100)
     answer = wrong_sum(x, y, rng) if rng.random() < CARELESS else x + y
-    question = rng.choice([f"What is {x} + {y}?"] * 4 + [f"What is {x} plus {y}?", f"Add {x} and {y}.", f"{x} + {y} ="])
+    question = rng.choice(
+        [f"What is {x} + {y}?"] * 4 + [f"What is {x} plus {y}?", f"Add {x} and {y}.", f"{x} + {y} ="]
+    )
     return question, str(answer)
 
 

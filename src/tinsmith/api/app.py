@@ -1,0 +1,79 @@
+"""The routes, all in one place."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tinsmith.service.errors import Unauthorized
+from tinsmith.service.service import Service
+
+from . import checkpoints, futures, sampling, service_info, sessions, training
+from .http import authenticate, error_response, route
+
+_ROUTES = [
+    Route("/api/v1/healthz", service_info.healthz, methods=["GET"]),
+    route("client/config", service_info.client_config),
+    route("client/dynamic_config", service_info.dynamic_config),
+    route("get_server_capabilities", service_info.capabilities, method="GET"),
+    route("telemetry", service_info.telemetry),
+    route("status", service_info.status, method="GET"),
+    # Sessions
+    route("create_session", sessions.create),
+    route("session_heartbeat", sessions.heartbeat),
+    route("sessions", sessions.list_, method="GET"),
+    route("sessions/{session_id}", sessions.get, method="GET"),
+    route("sessions/{session_id}/finish", sessions.finish),
+    # Training
+    route("create_model", training.create_model),
+    route("get_info", training.get_info),
+    route("forward_backward", training.forward_backward),
+    route("optim_step", training.optim_step),
+    route("save_weights", training.save_weights),
+    route("save_weights_for_sampler", training.save_weights_for_sampler),
+    route("load_weights", training.load_weights),
+    # Sampling
+    route("create_sampling_session", sampling.create_session),
+    route("join_sampling_session", sampling.join_session),
+    route("samplers/{sampler_id}", sampling.get_sampler, method="GET"),
+    route("asample", sampling.sample),
+    # Results
+    route("retrieve_future", futures.retrieve),
+    route("retrieve_futures", futures.retrieve_many),
+    route("cancel_future", futures.cancel),
+    # Runs and checkpoints
+    route("weights_info", checkpoints.weights_info),
+    route("training_runs", checkpoints.list_runs, method="GET"),
+    route("training_runs/{run_id}", checkpoints.get_run, method="GET"),
+    route("training_runs/{run_id}/checkpoints", checkpoints.list_of_run, method="GET"),
+    route("training_runs/{run_id}/checkpoints/{checkpoint_id:path}/ttl", checkpoints.set_ttl, method="PUT"),
+    route("training_runs/{run_id}/checkpoints/{checkpoint_id:path}", checkpoints.delete, method="DELETE"),
+    route("checkpoints", checkpoints.list_all, method="GET"),
+]
+
+
+async def _not_found(request: Request, _error: Exception) -> Response:
+    """Even what there is not is told to callers with a key alone."""
+    try:
+        await authenticate(request)
+    except Unauthorized as error:
+        return error_response(error.detail, 401)
+    return error_response(f"this server has no {request.method} {request.url.path}", 404)
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_response(error.detail, error.status_code)
+
+
+def make_app(service: Service) -> Starlette:
+    """The ASGI application of one service, which the caller starts and stops."""
+    app = Starlette(
+        routes=_ROUTES,
+        exception_handlers={404: _not_found, 405: _not_found, HTTPException: _http_error},
+    )
+    app.state.service = service
+    return app

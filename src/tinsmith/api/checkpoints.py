@@ -1,0 +1,111 @@
+"""Training runs and checkpoints, as they are looked at and looked after."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from starlette.responses import Response
+
+from tinsmith.service.catalog import RunView
+from tinsmith.store.checkpoints import CheckpointRow
+from tinsmith.wire.paths import TinkerPath
+from tinsmith.wire.requests import HOUR, TEN_YEARS
+
+from .http import Call, json_response
+from .sessions import _texts
+
+
+async def list_runs(call: Call) -> Response:
+    limit, offset = call.page()
+    views, total = await call.service.catalog.list_runs(call.caller, limit, offset)
+    return json_response(
+        {
+            "training_runs": [_run(view, call.caller.org_name) for view in views],
+            "cursor": {"offset": offset, "limit": limit, "total_count": total},
+        }
+    )
+
+
+async def get_run(call: Call) -> Response:
+    view = await call.service.catalog.run(call.caller, call.path("run_id"))
+    return json_response(_run(view, call.caller.org_name))
+
+
+async def list_of_run(call: Call) -> Response:
+    rows = await call.service.catalog.checkpoints_of_run(call.caller, call.path("run_id"))
+    return json_response({"checkpoints": [_checkpoint(row) for row in rows], "cursor": None})
+
+
+async def list_all(call: Call) -> Response:
+    limit, offset = call.page(limit=100)
+    rows, total = await call.service.catalog.list_checkpoints(call.caller, limit, offset)
+    return json_response(
+        {
+            "checkpoints": [_checkpoint(row) for row in rows],
+            "cursor": {"offset": offset, "limit": limit, "total_count": total},
+        }
+    )
+
+
+async def delete(call: Call) -> Response:
+    await call.service.catalog.delete_checkpoint(call.caller, _path(call))
+    return json_response({})
+
+
+async def set_ttl(call: Call) -> Response:
+    ttl = (await call.fields()).optional_integer("ttl_seconds", least=HOUR, most=TEN_YEARS)
+    await call.service.catalog.set_ttl(call.caller, _path(call), ttl)
+    return json_response({})
+
+
+async def weights_info(call: Call) -> Response:
+    path = TinkerPath.parse((await call.fields()).text("tinker_path", longest=2048), "tinker_path")
+    _, source = await call.service.catalog.checkpoint(call.caller, path)
+    return json_response(
+        {
+            "base_model": source.base_model,
+            "optimizer_config": {"type": "adamw"},
+            "is_lora": True,
+            "lora_rank": source.lora.get("rank"),
+            "train_unembed": source.lora.get("train_unembed"),
+            "train_mlp": source.lora.get("train_mlp"),
+            "train_attn": source.lora.get("train_attn"),
+        }
+    )
+
+
+def _path(call: Call) -> TinkerPath:
+    return TinkerPath.from_checkpoint_id(call.path("run_id"), call.path("checkpoint_id"))
+
+
+def _run(view: RunView, owner: str) -> dict[str, object]:
+    row = view.row
+    return {
+        "training_run_id": row.id,
+        "base_model": row.base_model,
+        "model_owner": owner,
+        "is_lora": True,
+        "corrupted": view.lost,
+        "lora_rank": row.lora.get("rank"),
+        "last_request_time": _time(view.last_request_at),
+        "last_checkpoint": _checkpoint(view.newest) if view.newest is not None else None,
+        "last_sampler_checkpoint": _checkpoint(view.newest_sampler) if view.newest_sampler else None,
+        "user_metadata": _texts(row.user_metadata),
+    }
+
+
+def _checkpoint(row: CheckpointRow) -> dict[str, object]:
+    return {
+        "checkpoint_id": row.path.checkpoint_id,
+        "checkpoint_type": row.kind,
+        "time": _time(row.created_at),
+        "tinker_path": str(row.path),
+        "size_bytes": row.size_bytes,
+        "public": False,
+        "user_metadata": row.user_metadata,
+        "expires_at": _time(row.expires_at) if row.expires_at is not None else None,
+    }
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()

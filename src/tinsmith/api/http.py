@@ -1,0 +1,150 @@
+"""What every route shares: who calls, reading a body within limits, answers, and errors as answers.
+
+The status of an error decides what the SDK does with it (retry for minutes, give up, submit again),
+so the mapping is in this one place. An answer always has a body: an empty 400 is taken for a proxy's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tinsmith.service import errors
+from tinsmith.service.keys import Caller
+from tinsmith.service.service import Service
+from tinsmith.wire.compression import decompress
+from tinsmith.wire.errors import BodyTooLarge, WireError
+from tinsmith.wire.fields import Fields, parse_object
+
+log = logging.getLogger("tinsmith.api")
+
+PROTOBUF = "application/x-protobuf"
+
+_STATUS: dict[type[errors.ServiceError], int] = {
+    errors.Refused: 400,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
+    errors.NotFound: 404,
+    errors.Gone: 410,
+    errors.Unavailable: 503,
+}
+
+
+def json_response(content: object, status: int = 200) -> Response:
+    body = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    return Response(body, status, media_type="application/json")
+
+
+def error_response(detail: str, status: int) -> Response:
+    return json_response({"detail": detail}, status)
+
+
+@dataclass(slots=True)
+class Call:
+    """One authenticated request."""
+
+    request: Request
+    service: Service
+    caller: Caller
+
+    def path(self, name: str) -> str:
+        return str(self.request.path_params[name])
+
+    def page(self, limit: int = 20, most: int = 1000) -> tuple[int, int]:
+        """The limit and the offset of a listing."""
+        return (
+            _query_integer(self.request, "limit", limit, 1, most),
+            _query_integer(self.request, "offset", 0, 0, 2**62),
+        )
+
+    async def fields(self) -> Fields:
+        """The body, as a JSON object."""
+        body = await self.body()
+        return parse_object(body) if body else Fields({})
+
+    async def body(self) -> bytes:
+        """The body, decompressed."""
+        raw, compressed = await self.raw_body()
+        return await self.decompress(raw) if compressed else raw
+
+    async def raw_body(self) -> tuple[bytes, bool]:
+        """The body as it came, and whether it is zstd."""
+        encoding = self.request.headers.get("content-encoding", "identity").lower()
+        if encoding not in ("identity", "zstd"):
+            raise errors.Refused(f"Content-Encoding: {encoding!r} is not known here; use zstd or none")
+        return await read_body(self.request, self.service.context.settings.body_limit), encoding == "zstd"
+
+    async def decompress(self, raw: bytes) -> bytes:
+        return await asyncio.to_thread(decompress, raw, self.service.context.settings.body_limit)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body as it came. One that is too long is read to its end, since a client that still sends
+    does not hear an answer, but not kept."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size <= limit:
+            parts.append(part)
+        elif size > 16 * limit:
+            break
+    body = b"".join(parts)
+    if size > limit:
+        raise BodyTooLarge(limit, body[: 1 << 16])
+    return body
+
+
+Endpoint = Callable[[Call], Awaitable[Response]]
+
+
+def route(path: str, endpoint: Endpoint, *, method: str = "POST") -> Route:
+    """A route for callers with a key, once the server has started."""
+
+    async def handle(request: Request) -> Response:
+        service: Service = request.app.state.service
+        try:
+            caller = await authenticate(request)
+            service.check_open()
+            return await endpoint(Call(request, service, caller))
+        except errors.ServiceError as error:
+            return error_response(error.detail, _STATUS[type(error)])
+        except WireError as error:
+            return error_response(str(error), 400)
+        except ClientDisconnect:
+            return error_response("the client has gone", 400)
+        except Exception:
+            log.exception("%s %s failed", request.method, request.url.path)
+            return error_response("the server failed; its log says why", 500)
+
+    return Route(f"/api/v1/{path}", handle, methods=[method])
+
+
+async def authenticate(request: Request) -> Caller:
+    service: Service = request.app.state.service
+    return await service.keys.authenticate(_key_of(request))
+
+
+def _key_of(request: Request) -> str | None:
+    key = request.headers.get("x-api-key")
+    if key is None:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        key = token if scheme.lower() == "bearer" else None
+    return key.strip() if key else None
+
+
+def _query_integer(request: Request, name: str, default: int, least: int, most: int) -> int:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    try:
+        return max(least, min(int(text), most))
+    except ValueError:
+        raise errors.Refused(f"{name}: must be an integer, not {text[:60]!r}") from None

@@ -1,0 +1,85 @@
+"""What a client learns about the server before it does anything."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tinsmith.service.errors import Forbidden
+from tinsmith.service.service import Service
+
+from .http import Call, error_response, json_response
+
+# Every flag that some version of the SDK knows. What this server does not do is off.
+CLIENT_CONFIG: dict[str, object] = {
+    "pjwt_auth_enabled": False,
+    "credential_default_source": "api_key",
+    "sample_dispatch_bytes_semaphore_size": 10 * 2**20,
+    "inflight_response_bytes_semaphore_size": 50 * 2**20,
+    "parallel_fwdbwd_chunks": True,
+    "proto_compress_fwdbwd": True,
+    "fwdbwd_max_chunk_len": 1024,
+    "fwdbwd_max_chunk_bytes_count": 5_000_000,
+    "fwdbwd_dispatch_bytes_semaphore_size": 50_000_000,
+    "billing_exception_max_pause_duration_sec": 3600,
+    "sample_no_retries": False,
+    "sample_enable_stuck_detection": True,
+    "sample_max_concurrent_requests": 2000,
+    "use_pyqwest_transport": True,
+    # Implemented, but a client that uses it never hears that a sample was lost in a restart.
+    "sample_use_retrieve_futures": False,
+    "custom_loss_server_side": False,
+    "sample_join_sampling_session": False,
+}
+
+DYNAMIC_CONFIG: dict[str, object] = {
+    "refresh_interval_sec": 300,
+    "sample_cancel_enabled": True,
+    "sample_cancel_max_batch_size": 64,
+}
+
+
+async def healthz(request: Request) -> Response:
+    """For those who watch over the server: no key, and 200 only when it can work."""
+    service: Service = request.app.state.service
+    if service.ready:
+        return json_response({"status": "ok"})
+    return error_response("stopping" if service.stopping else "starting", 503)
+
+
+async def client_config(call: Call) -> Response:
+    await call.body()
+    return json_response(CLIENT_CONFIG)
+
+
+async def dynamic_config(call: Call) -> Response:
+    await call.body()
+    return json_response(DYNAMIC_CONFIG)
+
+
+async def capabilities(call: Call) -> Response:
+    return json_response(
+        {
+            "supported_models": [
+                {
+                    "model_name": model.name,
+                    "max_context_length": model.max_context,
+                    "trainable": model.trainable,
+                    "sampleable": model.sampleable,
+                }
+                for model in call.service.context.engine.info.models.values()
+            ]
+        }
+    )
+
+
+async def telemetry(call: Call) -> Response:
+    """Taken and thrown away: what users do is nobody else's business."""
+    await call.body()
+    return json_response({"status": "accepted"})
+
+
+async def status(call: Call) -> Response:
+    if not call.caller.admin:
+        raise Forbidden("this needs an administrator's key (tinsmith keys create NAME --admin)")
+    return json_response(await call.service.status())

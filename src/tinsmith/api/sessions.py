@@ -1,0 +1,63 @@
+"""Client sessions."""
+
+from __future__ import annotations
+
+from starlette.responses import Response
+
+from tinsmith.service.errors import Gone
+from tinsmith.wire.requests import CreateSession, FinishSession
+
+from .http import Call, json_response
+
+
+async def create(call: Call) -> Response:
+    session_id = await call.service.sessions.create(call.caller, CreateSession.read(await call.fields()))
+    return json_response(
+        {
+            "type": "create_session",
+            "session_id": session_id,
+            "info_message": None,
+            "warning_message": None,
+            "error_message": None,
+        }
+    )
+
+
+async def heartbeat(call: Call) -> Response:
+    session_id = (await call.fields()).text("session_id")
+    row = await call.service.sessions.get(call.caller, session_id)
+    if row.finished_at is not None:
+        raise Gone(f"session_id: the session {session_id} has finished")
+    call.service.sessions.seen(session_id)
+    return json_response({"type": "session_heartbeat"})
+
+
+async def finish(call: Call) -> Response:
+    request = FinishSession.read(await call.fields())
+    await call.service.sessions.finish(call.caller, call.path("session_id"), request)
+    return json_response({})
+
+
+async def get(call: Call) -> Response:
+    row, runs, samplers = await call.service.sessions.members(call.caller, call.path("session_id"))
+    return json_response(
+        {
+            "training_run_ids": runs,
+            "sampler_ids": samplers,
+            "user_metadata": _texts(row.user_metadata),
+            "display_name": row.display_name,
+        }
+    )
+
+
+async def list_(call: Call) -> Response:
+    limit, offset = call.page()
+    rows = await call.service.sessions.page(call.caller, limit, offset)
+    return json_response({"sessions": [row.id for row in rows]})
+
+
+def _texts(metadata: dict[str, object] | None) -> dict[str, str] | None:
+    """Metadata as answers may carry it: texts alone."""
+    if metadata is None:
+        return None
+    return {key: value if isinstance(value, str) else str(value) for key, value in metadata.items()}

@@ -1,0 +1,30 @@
+"""The command line: a command a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tinsmith import __version__
+from tinsmith.settings import SettingsError
+
+from . import keys, model, serve
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tinsmith", description="Tinker's API on hardware that you own.")
+    parser.add_argument("--version", action="version", version=f"tinsmith {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (serve, keys, model):
+        command.add_parser(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except SettingsError as error:
+        print(f"tinsmith: {error}", file=sys.stderr)
+        return 2
+
+
+__all__ = ["main"]

@@ -1,0 +1,110 @@
+"""Looking at what there is: runs and checkpoints, and the little that may be changed about them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import sqlalchemy as sa
+
+from tinsmith.store import checkpoints, runs
+from tinsmith.store.checkpoints import CheckpointRow
+from tinsmith.store.runs import RunRow
+from tinsmith.wire.paths import TinkerPath
+
+from .context import Context
+from .errors import NotFound, Refusal
+from .keys import Caller
+from .runs import Runs
+from .samplers import Samplers
+from .steps import Source, find_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """A run as listings show it."""
+
+    row: RunRow
+    last_request_at: float
+    newest: CheckpointRow | None
+    newest_sampler: CheckpointRow | None
+    lost: bool
+
+
+class Catalog:
+    def __init__(self, context: Context, runs: Runs, samplers: Samplers) -> None:
+        self._context = context
+        self._runs = runs
+        self._samplers = samplers
+
+    async def run(self, caller: Caller, run_id: str) -> RunView:
+        run = await self._runs.get(caller, run_id)
+        return (await self._views([run.row]))[0]
+
+    async def list_runs(self, caller: Caller, limit: int, offset: int) -> tuple[list[RunView], int]:
+        rows, total = await self._context.store.read(
+            lambda connection: runs.of_org(connection, caller.org_id, limit, offset)
+        )
+        return await self._views(rows), total
+
+    async def _views(self, rows: list[RunRow]) -> list[RunView]:
+        now = time.time()
+        lost = [await self._runs.is_lost(row) for row in rows]
+
+        def look(connection: sa.Connection) -> list[RunView]:
+            return [
+                RunView(
+                    row,
+                    self._runs.last_used(row),
+                    checkpoints.newest(connection, row.id, "training", now),
+                    checkpoints.newest(connection, row.id, "sampler", now),
+                    is_lost,
+                )
+                for row, is_lost in zip(rows, lost, strict=True)
+            ]
+
+        return await self._context.store.read(look)
+
+    async def checkpoints_of_run(self, caller: Caller, run_id: str) -> list[CheckpointRow]:
+        await self._runs.get(caller, run_id)
+        return await self._context.store.read(
+            lambda connection: checkpoints.of_run(connection, run_id, time.time())
+        )
+
+    async def list_checkpoints(
+        self, caller: Caller, limit: int, offset: int
+    ) -> tuple[list[CheckpointRow], int]:
+        return await self._context.store.read(
+            lambda connection: checkpoints.of_org(connection, caller.org_id, limit, offset, time.time())
+        )
+
+    async def checkpoint(self, caller: Caller, path: TinkerPath) -> tuple[CheckpointRow, Source]:
+        try:
+            return await find_checkpoint(self._context, path, caller.org_id)
+        except Refusal as refusal:
+            raise NotFound(str(refusal)) from None
+
+    async def delete_checkpoint(self, caller: Caller, path: TinkerPath) -> None:
+        row, _ = await self.checkpoint(caller, path)
+        await self._context.store.write(lambda connection: checkpoints.delete(connection, row.id))
+        await self._forget(row)
+
+    async def set_ttl(self, caller: Caller, path: TinkerPath, ttl_seconds: int | None) -> None:
+        row, _ = await self.checkpoint(caller, path)
+        expires = time.time() + ttl_seconds if ttl_seconds is not None else None
+        await self._context.store.write(
+            lambda connection: checkpoints.set_expiry(connection, row.id, expires)
+        )
+
+    async def sweep(self) -> None:
+        """Delete checkpoints whose time has come."""
+        now = time.time()
+        for row in await self._context.store.read(lambda connection: checkpoints.expired(connection, now)):
+            await self._context.store.write(partial(checkpoints.delete, checkpoint_id=row.id))
+            await self._forget(row)
+
+    async def _forget(self, row: CheckpointRow) -> None:
+        self._samplers.forget_checkpoint(row.id)
+        await asyncio.to_thread(self._context.blobs.delete, row.folder)

@@ -1,0 +1,57 @@
+"""What every part of the service works with."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinsmith.blobs import LocalBlobs
+from tinsmith.engine.commands import EngineClient, ModelInfo
+from tinsmith.settings import Settings
+from tinsmith.store import Store
+
+from .errors import NotFound
+
+log = logging.getLogger("tinsmith.service")
+
+
+@dataclass
+class Context:
+    settings: Settings
+    store: Store
+    blobs: LocalBlobs
+    engine: EngineClient
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def model(self, name: str) -> ModelInfo:
+        """The served base model called `name`, with or without a context suffix (`NAME:peft:4096`)."""
+        models = self.engine.info.models
+        info = models.get(name) or models.get(name.split(":", 1)[0])
+        if info is None:
+            raise NotFound(f"base_model: {name[:200]!r} is not served here; served are: {', '.join(models)}")
+        return info
+
+    def spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[Any]:
+        """Run `work` beside everything else; a request that started it may go away meanwhile."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a background task failed", exc_info=error)
+
+    async def quiesce(self, seconds: float) -> None:
+        """Wait until nothing runs in the background any more."""
+        current = asyncio.current_task()
+        deadline = asyncio.get_running_loop().time() + seconds
+        while waiting := {task for task in self._tasks if task is not current}:
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                break
+            await asyncio.wait(waiting, timeout=left)

@@ -1,0 +1,40 @@
+"""Why a call is refused as a whole. What is wrong with a training request's content is no error here:
+it becomes the outcome of that request's future."""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """A call that cannot be carried out; `detail` tells its sender what to do about it."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class Refused(ServiceError):
+    """The call asks for something that is wrong or not offered."""
+
+
+class Unauthorized(ServiceError):
+    """No valid API key."""
+
+
+class Forbidden(ServiceError):
+    """A valid key, but not one that may do this."""
+
+
+class NotFound(ServiceError):
+    """There is no such thing, or it is somebody else's, which looks the same."""
+
+
+class Gone(ServiceError):
+    """It existed, and will not come back."""
+
+
+class Unavailable(ServiceError):
+    """Not now: starting, or shutting down. Trying again helps."""
+
+
+class Refusal(Exception):
+    """A training request's content is refused; the message becomes its future's error."""

@@ -1,0 +1,133 @@
+"""Writing down what became of commands, and waking who waits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping
+
+import sqlalchemy as sa
+
+from tinsmith.store import commands
+from tinsmith.store.commands import CommandRow, ResultType
+
+from .context import Context
+from .errors import NotFound
+from .futures import Failure, Outcome, PendingRequest, Result
+
+log = logging.getLogger("tinsmith.service.recorder")
+
+INLINE = 64 * 1024  # bodies and results up to this size live in their row
+
+
+class Recorder:
+    """Holds the pending training requests, and the outcomes that are not in the log yet."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._requests: dict[str, PendingRequest] = {}
+        self._fetched: set[str] = set()
+
+    def expect(self, request: PendingRequest) -> PendingRequest:
+        """Take a request that has just been logged."""
+        return self._requests.setdefault(request.request_id, request)
+
+    def find(self, request_id: str) -> PendingRequest | None:
+        return self._requests.get(request_id)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    async def record(
+        self,
+        request: PendingRequest,
+        outcome: Outcome,
+        usage: Mapping[str, int],
+        extra: Callable[[sa.Connection], object] | None,
+    ) -> object:
+        """Log an outcome. One that comes with something that must last (`extra`, in the same
+        transaction, whose answer comes back) is told to nobody before that is on the disk; any other
+        is told at once, since after a crash the command would count as lost, and never as done twice."""
+        if extra is None:
+            request.resolve(outcome)
+        try:
+            return await self._write(request, outcome, usage, extra)
+        except Exception as error:
+            log.error("the outcome of %s could not be logged: %s", request.request_id, error)
+            if extra is not None:
+                raise
+            return None  # it stays in memory, where it can still be fetched
+
+    async def _write(
+        self,
+        request: PendingRequest,
+        outcome: Outcome,
+        usage: Mapping[str, int],
+        extra: Callable[[sa.Connection], object] | None,
+    ) -> object:
+        result: bytes | None = None
+        result_key: str | None = None
+        result_type: ResultType | None = None
+        error: str | None = None
+        category: str | None = None
+        if isinstance(outcome, Result):
+            binary = isinstance(outcome.payload, bytes)
+            result_type = "protobuf" if binary else "json"
+            result = outcome.payload if isinstance(outcome.payload, bytes) else _encode(outcome.payload)
+            if len(result) > INLINE:
+                result_key = f"results/{uuid.uuid4().hex}"
+                await asyncio.to_thread(self._context.blobs.put, result_key, result)
+                result = None
+        elif isinstance(outcome, Failure):
+            error, category = outcome.message, outcome.category
+
+        def write(connection: sa.Connection) -> object:
+            answer = extra(connection) if extra is not None else None
+            commands.finish(
+                connection,
+                request.request_id,
+                now=time.time(),
+                result=result,
+                result_key=result_key,
+                result_type=result_type,
+                usage=usage,
+                error=error,
+                category=category,
+            )
+            return answer
+
+        answer = await self._context.store.write(write)
+        request.resolve(outcome)
+        self._requests.pop(request.request_id, None)
+        return answer
+
+    async def read(self, row: CommandRow) -> Outcome:
+        """The outcome that is in the log."""
+        if row.status == "failed":
+            return Failure(row.error or "failed", "user" if row.category == "user" else "server")
+        if row.status == "queued":
+            return Failure("the server stopped before this request was carried out; it is lost", "server")
+        if row.result_type is None:
+            raise NotFound("request_id: this result was fetched long ago and is not kept any more")
+        data = row.result
+        if data is None:
+            assert row.result_key is not None
+            data = await asyncio.to_thread(self._context.blobs.get, row.result_key)
+        return Result(data if row.result_type == "protobuf" else json.loads(data))
+
+    def was_fetched(self, request_id: str) -> None:
+        self._fetched.add(request_id)
+
+    def flush(self) -> None:
+        """Write down which results were fetched; the time that they are kept begins with that."""
+        if self._fetched:
+            fetched, self._fetched = self._fetched, set()
+            now = time.time()
+            self._context.store.write_soon(lambda connection: commands.fetched(connection, fetched, now))
+
+
+def _encode(payload: dict[str, object]) -> bytes:
+    return json.dumps(payload, separators=(",", ":")).encode()

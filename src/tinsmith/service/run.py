@@ -1,0 +1,453 @@
+"""One training run: its commands in order, and where its state is.
+
+A run is in one of these phases:
+
+    fresh   its create command has not been carried out yet
+    live    an engine holds its state
+    away    its whole state lies in a snapshot; the next command brings it back
+    lost    the engine that held it died; nothing but a checkpoint is left
+    failed  it could not be created
+    closed  its session has finished
+
+Commands are handed to the engine in seq_id order, each as soon as its predecessor was handed over:
+the engine keeps the order, and sees early what is coming. What a command *does* is in steps.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import sqlalchemy as sa
+
+from tinsmith.engine.commands import (
+    Category,
+    CreateAdapter,
+    Done,
+    EngineLost,
+    Failed,
+    LoadState,
+    LoraSpec,
+    ReleaseRun,
+    Reply,
+    SaveState,
+)
+from tinsmith.store import checkpoints, runs
+from tinsmith.store.runs import RunRow
+
+from .context import Context
+from .errors import Refusal
+from .futures import Failure, Outcome, Pending, PendingRequest, Result
+from .recorder import Recorder
+from .steps import CREATES, Saves, Step, StepMaker
+
+log = logging.getLogger("tinsmith.service.run")
+
+Phase = Literal["fresh", "live", "away", "lost", "failed", "closed"]
+
+_WINDOW = 16  # commands of a run that the engine has at once: what a stop has to wait for
+
+
+@dataclass(slots=True)
+class Entry:
+    """A logged command on its way to the engine. `body` may have been left in the blob store."""
+
+    seq_id: int
+    request: PendingRequest
+    kind: str
+    encoding: str
+    body: bytes | None
+    body_key: str | None
+    refused: bool = False
+
+
+class Run:
+    def __init__(
+        self,
+        context: Context,
+        recorder: Recorder,
+        row: RunRow,
+        published: Callable[[str], None],
+    ) -> None:
+        self.row = row
+        self._context = context
+        self._recorder = recorder
+        self._steps = StepMaker(context, row, Saves(), published)
+        self.phase: Phase = _phase_of(row)
+        self._snapshot = row.snapshot
+        self.next_seq = 0 if self.phase == "fresh" else (row.snapshot_seq or 0) + 1
+        self._waiting: dict[int, Entry] = {}
+        self._pump: asyncio.Task[object] | None = None
+        self._in_flight = 0
+        self._landed = asyncio.Event()
+        self._landed.set()
+        self._window = asyncio.Semaphore(_WINDOW)
+        # Held while a command is handed over, and while the whole state moves in or out.
+        self._moving = asyncio.Lock()
+        self._held = False
+        self._last_arrival = 0.0
+        self._gap_timer: asyncio.TimerHandle | None = None
+        self._why_failed = ""
+        self._deaths = 0
+        self._lost_message: str | None = None
+
+    # Arrival and order
+
+    def arrive(self, entry: Entry) -> None:
+        """Take a command that has just been logged."""
+        self._last_arrival = asyncio.get_running_loop().time()
+        if self.phase in ("lost", "closed"):
+            self._context.spawn(self._fail(entry, None))
+        elif entry.seq_id < self.next_seq:
+            if not entry.refused:
+                message = (
+                    f"seq_id {entry.seq_id} came after its turn: it was given up"
+                    f" {self._context.settings.gap_timeout:g} s after the requests behind it had arrived"
+                )
+                self._context.spawn(self._fail(entry, message))
+        else:
+            self._waiting[entry.seq_id] = entry
+            self._go_on()
+
+    def _go_on(self) -> None:
+        ready = self.next_seq in self._waiting and not self._held
+        if ready and (self._pump is None or self._pump.done()):
+            self._pump = self._context.spawn(self._hand_over_all())
+        self._watch_for_gap()
+
+    async def _hand_over_all(self) -> None:
+        while self.next_seq in self._waiting:
+            await self._window.acquire()
+            async with self._moving:
+                if self._held or self.next_seq not in self._waiting:
+                    self._window.release()
+                    break
+                entry = self._waiting.pop(self.next_seq)
+                self.next_seq += 1
+                if entry.refused:
+                    self._window.release()
+                else:
+                    await self._hand_over(entry)
+        self._watch_for_gap()
+
+    def _watch_for_gap(self) -> None:
+        if self._gap_timer is not None:
+            self._gap_timer.cancel()
+            self._gap_timer = None
+        if self._waiting and self.next_seq not in self._waiting and not self._held:
+            loop = asyncio.get_running_loop()
+            due = self._last_arrival + self._context.settings.gap_timeout
+            self._gap_timer = loop.call_at(max(due, loop.time()), self._give_up_gap)
+
+    def _give_up_gap(self) -> None:
+        """The missing number counts as refused; those that waited for it fail, and later ones go on."""
+        missing = self.next_seq
+        behind, self._waiting = self._waiting, {}
+        self.next_seq = max(behind) + 1
+        log.warning("run %s: seq_id %d never came; %d behind it fail", self.row.id, missing, len(behind))
+        message = (
+            f"seq_id {missing} of this training run never arrived, and this request waited behind it for"
+            f" {self._context.settings.gap_timeout:g} s; {missing} counts as refused, and the run goes on"
+            f" with seq_id {self.next_seq}"
+        )
+        for entry in behind.values():
+            if not entry.refused:
+                self._context.spawn(self._fail(entry, message))
+        if self.phase == "away":
+            snapshot, seq = self._snapshot, self.next_seq - 1
+            self._context.store.write_soon(
+                lambda connection: runs.set_snapshot(connection, self.row.id, snapshot, seq)
+            )
+
+    def pending(self) -> Pending:
+        """Why a request of this run is not done yet."""
+        if not self._context.engine.ready:
+            return Pending("paused_capacity", "the engine is starting")
+        if self._waiting and self.next_seq not in self._waiting:
+            return Pending("active", f"waiting for the request with seq_id {self.next_seq}")
+        return Pending()
+
+    # Handing a command to the engine
+
+    async def _hand_over(self, entry: Entry) -> None:
+        step: Step | None = None
+        try:
+            if self.phase == "away":
+                await self._bring_back()
+            if (self.phase == "fresh") != (entry.kind in CREATES) or self.phase not in ("fresh", "live"):
+                raise Refusal(await self._why_not())
+            body = entry.body
+            if body is None:
+                assert entry.body_key is not None
+                body = await asyncio.to_thread(self._context.blobs.get, entry.body_key)
+            step = await self._steps.make(entry.kind, entry.seq_id, body, entry.encoding)
+            if self.phase not in ("fresh", "live"):  # the engine died meanwhile
+                raise Refusal(await self._why_not())
+        except Refusal as refusal:
+            category: Category = "server" if self.phase == "lost" else "user"
+            await self._not_done(entry, step, Failure(str(refusal), category))
+        except EngineLost:
+            await self._not_done(entry, None, Failure(_ENGINE_STOPPED, "server"))
+        except Exception as error:
+            log.exception("run %s: seq_id %d could not be prepared", self.row.id, entry.seq_id)
+            await self._not_done(entry, None, Failure(f"the server failed: {error}", "server"))
+        else:
+            # From here on there is no wait until the engine has it, so the order is that of the log.
+            entry.body = None
+            self.phase = "live"
+            replies = [self._context.engine.submit(command) for command in step.commands]
+            self._in_flight += 1
+            self._landed.clear()
+            self._context.spawn(self._complete(entry, step, replies))
+
+    async def _complete(self, entry: Entry, step: Step, replies: list[Awaitable[Reply]]) -> None:
+        try:
+            reply: Reply | None = None
+            failed: Failed | None = None
+            for each in replies:
+                reply = await each
+                if isinstance(reply, Failed) and failed is None:
+                    failed = reply
+            if failed is not None:
+                await self._not_done(entry, step, Failure(failed.message, failed.category), handed=True)
+            else:
+                assert isinstance(reply, Done)
+                await self._done(entry, step, reply)
+        except EngineLost:
+            self._become_lost()
+            await self._not_done(entry, step, Failure(await self._lost(), "server"), handed=True)
+        except Exception as error:
+            log.exception("run %s: seq_id %d failed", self.row.id, entry.seq_id)
+            await self._not_done(entry, step, Failure(f"the server failed: {error}", "server"), handed=True)
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._landed.set()
+
+    async def _done(self, entry: Entry, step: Step, done: Done) -> None:
+        outcome = Result(step.answer(done))
+        extra: Callable[[sa.Connection], object] | None = None
+        if (commit := step.commit) is not None:
+            extra = lambda connection: commit(connection, done)  # noqa: E731
+        committed = await self._recorder.record(entry.request, outcome, done.usage, extra)
+        self._window.release()
+        if step.then is not None:
+            step.then(committed)
+
+    async def _not_done(
+        self, entry: Entry, step: Step | None, failure: Failure, *, handed: bool = False
+    ) -> None:
+        if step is not None and step.undo is not None:
+            step.undo()
+        extra: Callable[[sa.Connection], object] | None = None
+        if entry.kind in CREATES:
+            self.phase, self._why_failed = "failed", failure.message
+            extra = lambda connection: runs.set_state(connection, self.row.id, "failed")  # noqa: E731
+            if handed and step is not None and len(step.commands) > 1:
+                self._context.spawn(self._release())
+        self._window.release()
+        await self._recorder.record(entry.request, failure, {}, extra)
+
+    async def _fail(self, entry: Entry, message: str | None) -> None:
+        failure = Failure(message or await self._why_not(), "user" if message else "server")
+        await self._recorder.record(entry.request, failure, {}, None)
+
+    async def fail_after_restart(self, request: PendingRequest) -> None:
+        """A command of an earlier life, of which nobody knows whether it was carried out."""
+        message = (
+            await self._why_not()
+            if self.phase in ("lost", "failed", "closed")
+            else "the server stopped before the result of this request was written down"
+        )
+        await self._recorder.record(request, Failure(message, "server"), {}, None)
+
+    # The engine's death, and messages that say what to do now
+
+    def engine_lost(self) -> None:
+        """The engine has died. What it held of this run is gone."""
+        self._deaths += 1
+        self._become_lost()
+        if self.phase == "lost":
+            behind, self._waiting = self._waiting, {}
+            for entry in behind.values():
+                self._context.spawn(self._fail(entry, None))
+
+    def _become_lost(self) -> None:
+        if self.phase == "live":
+            self.phase = "lost"
+
+    async def _why_not(self) -> str:
+        if self.phase == "lost":
+            return await self._lost()
+        if self.phase == "failed":
+            return f"this training run could not be created: {self._why_failed or 'see its create request'}"
+        if self.phase == "closed":
+            return "the session of this training run has finished; create a new training client"
+        if self.phase == "fresh":
+            return "this training run has not been created yet"
+        return f"this training run exists already ({self.row.id})"
+
+    async def _lost(self) -> str:
+        """What has happened, and the newest state that can be had back."""
+        if self._lost_message is None:
+            newest = await self._context.store.read(
+                lambda connection: checkpoints.newest(connection, self.row.id, "training", time.time())
+            )
+            remedy = (
+                f"its newest checkpoint is {newest.path} (after seq_id {newest.seq_id}): go on from"
+                f' there with create_training_client_from_state_with_optimizer("{newest.path}")'
+                if newest is not None
+                else "it has no checkpoint: create a new training client, and call save_state now and then"
+            )
+            self._lost_message = (
+                "the state of this training run was in the memory of an engine that stopped, and is lost;"
+                f" {remedy}"
+            )
+        return self._lost_message
+
+    # Moving the whole state out and in
+
+    async def put_away(self) -> None:
+        """Put the run's state into a snapshot and free the engine's memory. Nothing is lost."""
+        async with self._moving:
+            if self.phase != "live" or self._context.engine.ready is False:
+                return
+            await self._landed.wait()
+            if self.phase != "live":
+                return
+            key = f"snapshots/{uuid.uuid4().hex}"
+            seq = self.next_seq - 1
+            path = self._context.blobs.path(key)
+            with contextlib.suppress(EngineLost):
+                reply = await self._context.engine.submit(
+                    SaveState(self.row.id, seq, str(path), gradients=True)
+                )
+                if isinstance(reply, Failed):
+                    log.error("run %s stays in memory: %s", self.row.id, reply.message)
+                    return
+                await self._context.store.write(
+                    lambda connection: runs.set_snapshot(connection, self.row.id, key, seq)
+                )
+                self.phase, self._snapshot = "away", key
+                await self._release()  # before the run can be created anew
+                log.info("run %s put away after seq_id %d", self.row.id, seq)
+
+    async def _bring_back(self) -> None:
+        """Load the snapshot. It is given up in the moment before the first command that outdates it."""
+        assert self._snapshot is not None
+        self._check_base()
+        key = self._snapshot
+        path = str(self._context.blobs.path(key))
+        engine = self._context.engine
+        lora = LoraSpec(**self.row.lora)  # type: ignore[arg-type]
+        for attempt in range(3):
+            deaths = self._deaths
+            try:
+                replies = [
+                    engine.submit(CreateAdapter(self.row.id, self.row.base_model, lora)),
+                    engine.submit(
+                        LoadState(self.row.id, self.next_seq - 2, path, optimizer=True, gradients=True)
+                    ),
+                ]
+                for reply in replies:
+                    if isinstance(answer := await reply, Failed):
+                        await self._release()
+                        raise Refusal(f"this training run could not be brought back: {answer.message}")
+            except EngineLost:
+                if attempt == 2:
+                    raise
+                continue
+            await self._context.store.write(
+                lambda connection: runs.set_snapshot(connection, self.row.id, None, None)
+            )
+            if deaths == self._deaths:
+                break
+            # The engine died in this very moment: the snapshot is what there is.
+            await self._context.store.write(
+                lambda connection: runs.set_snapshot(connection, self.row.id, key, self.next_seq - 2)
+            )
+        else:
+            raise EngineLost(_ENGINE_STOPPED)
+        self.phase, self._snapshot = "live", None
+        self._context.spawn(asyncio.to_thread(self._context.blobs.delete, key))
+        log.info("run %s brought back", self.row.id)
+
+    def _check_base(self) -> None:
+        """A run goes on with the base model that it began with, or not at all."""
+        model = self._context.engine.info.models.get(self.row.base_model)
+        if model is None:
+            raise Refusal(
+                f"the base model of this training run, {self.row.base_model}, is not served any more;"
+                " start the server with it"
+            )
+        if model.fingerprint != self.row.fingerprint or model.dtype != self.row.dtype:
+            raise Refusal(
+                f"what is served as {self.row.base_model} ({model.fingerprint[:12]}, {model.dtype}) is not"
+                f" the base model that this training run began with ({self.row.fingerprint[:12]},"
+                f" {self.row.dtype}); start the server with that one"
+            )
+
+    async def _release(self) -> None:
+        """Free what the engine holds of this run."""
+        with contextlib.suppress(EngineLost):
+            await self._context.engine.submit(ReleaseRun(self.row.id))
+
+    async def close(self) -> None:
+        """The session has finished: what has arrived is carried out, then the memory is freed."""
+        async with self._moving:
+            pass
+        while self._pump is not None and not self._pump.done():
+            await asyncio.wait({self._pump})
+        await self._landed.wait()
+        if self.phase == "live":
+            await self._release()
+        if self.phase in ("live", "away", "fresh"):
+            self.phase = "closed"
+        behind, self._waiting = self._waiting, {}
+        self._watch_for_gap()
+        for entry in behind.values():
+            await self._fail(entry, None)
+
+    def hold(self) -> None:
+        """Hand no more over: the server stops. What waits is in the log, and goes on after the start."""
+        self._held = True
+        self._watch_for_gap()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something of this run is under way, or could go on at once."""
+        return self._in_flight > 0 or self.next_seq in self._waiting
+
+    @property
+    def lost(self) -> bool:
+        return self.phase == "lost"
+
+    async def settled(self) -> None:
+        await self._landed.wait()
+
+
+_ENGINE_STOPPED = "the engine stopped again and again while this training run was brought back; try again"
+
+
+def _phase_of(row: RunRow) -> Phase:
+    """The phase of a run that no engine of this life has held yet."""
+    if row.state == "failed":
+        return "failed"
+    if row.state == "fresh":
+        return "fresh"
+    return "away" if row.snapshot is not None else "lost"
+
+
+def encode(values: dict[str, object]) -> bytes:
+    """A command's own form of its request, as it is logged."""
+    return json.dumps(values, separators=(",", ":")).encode()
+
+
+__all__ = ["Entry", "Outcome", "Run", "encode"]

@@ -1,0 +1,271 @@
+"""All training runs: logging what they are asked, finding them, and their beginnings and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import sqlalchemy as sa
+
+from tinsmith.store import commands, runs
+from tinsmith.store.commands import CommandRow
+from tinsmith.store.runs import RunRow
+from tinsmith.wire.requests import Target
+
+from .context import Context
+from .errors import NotFound
+from .futures import Failure, Outcome, Pending, PendingRequest
+from .keys import Caller
+from .recorder import INLINE, Recorder
+from .run import Entry, Run
+from .sessions import Sessions
+
+log = logging.getLogger("tinsmith.service.runs")
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a submission is answered: where its outcome will be."""
+
+    request_id: str
+    model_id: str | None = None
+
+
+class Runs:
+    def __init__(self, context: Context, sessions: Sessions, published: Callable[[str], None]) -> None:
+        self._context = context
+        self._sessions = sessions
+        self._published = published
+        self._recorder = Recorder(context)
+        self._runs: dict[str, Run] = {}
+        self._used: dict[str, float] = {}
+        sessions.on_finish.append(self._session_finished)
+        sessions.on_silence.append(self._session_silent)
+        context.engine.on_lost(self._engine_lost)
+
+    # Into the log
+
+    async def create(self, row: RunRow, kind: str, body: bytes, refusal: str | None) -> Receipt:
+        """A new run, whose command 0 makes it; or the one that is there already."""
+        if refusal is not None:
+            row = replace(row, state="failed")
+        command = self._command(row.id, 0, kind, body, refusal)
+
+        def write(connection: sa.Connection) -> bool:
+            if not runs.add(connection, row):
+                return False
+            commands.add(connection, command)
+            return True
+
+        async def create() -> None:
+            if await self._context.store.write(write):
+                self._accept(Run(self._context, self._recorder, row, self._published), command)
+
+        await asyncio.shield(self._context.spawn(create()))
+        return Receipt(command.request_id, row.id)
+
+    async def submit(
+        self, caller: Caller, target: Target, kind: str, body: bytes, encoding: str, refusal: str | None
+    ) -> Receipt:
+        """A command of a run. With a `refusal` it takes its place there, and fails with it."""
+        run = await self.get(caller, target.model_id)
+        self._sessions.seen(run.row.session_id)
+        self._used[run.row.id] = time.time()
+        # A client that goes away in the middle must not leave a logged command that never arrives.
+        work = self._log(run, target.seq_id, kind, body, encoding, refusal)
+        return Receipt(await asyncio.shield(self._context.spawn(work)), run.row.id)
+
+    async def _log(
+        self, run: Run, seq_id: int, kind: str, body: bytes, encoding: str, refusal: str | None
+    ) -> str:
+        command = self._command(run.row.id, seq_id, kind, body, refusal, encoding)
+        if command.body_key is not None:
+            await asyncio.to_thread(self._context.blobs.put, command.body_key, body)
+        taken = await self._context.store.write(lambda connection: commands.add(connection, command))
+        if taken is None:
+            self._accept(run, command, body)
+        elif command.body_key is not None:
+            await asyncio.to_thread(self._context.blobs.delete, command.body_key)
+        return taken or command.request_id
+
+    def _command(
+        self,
+        run_id: str,
+        seq_id: int,
+        kind: str,
+        body: bytes,
+        refusal: str | None,
+        encoding: str = "identity",
+    ) -> CommandRow:
+        now = time.time()
+        return CommandRow(
+            run_id=run_id,
+            seq_id=seq_id,
+            request_id=f"{run_id}:{seq_id}",
+            kind=kind,
+            body=body if len(body) <= INLINE else None,
+            body_key=f"bodies/{uuid.uuid4().hex}" if len(body) > INLINE else None,
+            encoding=encoding,
+            arrived_at=now,
+            status="queued" if refusal is None else "failed",
+            error=refusal,
+            category="user" if refusal is not None else None,
+            finished_at=now if refusal is not None else None,
+        )
+
+    def _accept(self, run: Run, command: CommandRow, body: bytes | None = None) -> None:
+        run = self._runs.setdefault(run.row.id, run)
+        request = PendingRequest(command.request_id, run.row.org_id)
+        refused = command.status != "queued"
+        if refused:
+            request.resolve(Failure(command.error or "refused"))
+        else:
+            request = self._recorder.expect(request)
+        run.arrive(
+            Entry(
+                seq_id=command.seq_id,
+                request=request,
+                kind=command.kind,
+                encoding=command.encoding,
+                body=body if body is not None else command.body,
+                body_key=command.body_key,
+                refused=refused,
+            )
+        )
+
+    # Finding runs, and outcomes
+
+    async def get(self, caller: Caller, run_id: str) -> Run:
+        run = await self._find(run_id)
+        if run is None or run.row.org_id != caller.org_id:
+            raise NotFound(f"model_id: there is no training run {run_id[:120]!r}")
+        return run
+
+    async def _find(self, run_id: str) -> Run | None:
+        known = self._runs.get(run_id)
+        if known is not None:
+            return known
+        store = self._context.store
+        row = await store.read(partial(runs.get, run_id=run_id))
+        if row is None:
+            return None
+        run = Run(self._context, self._recorder, row, self._published)
+        if await self._sessions.is_finished(row.session_id):
+            run.phase = "closed"
+        logged = await store.read(partial(commands.of_run, run_id=run_id, since=run.next_seq))
+        known = self._runs.setdefault(run_id, run)
+        if known is run and run.phase in ("fresh", "away"):
+            # What arrived after the state that is there: refused ones have used up their places.
+            for command in logged:
+                self._accept(run, command)
+        return known
+
+    async def outcome(
+        self, caller: Caller, request_id: str, seconds: float, closing: asyncio.Future[None]
+    ) -> Outcome | Pending:
+        """What became of a training request, waiting for up to `seconds`."""
+        request = self._recorder.find(request_id)
+        if request is None:
+            row = await self._context.store.read(
+                lambda connection: commands.by_request(connection, request_id)
+            )
+            run = await self._find(row.run_id) if row is not None else None
+            if row is None or run is None or run.row.org_id != caller.org_id:
+                raise NotFound(f"request_id: there is no request {request_id[:120]!r}")
+            outcome: Outcome | None = await self._recorder.read(row)
+        else:
+            if request.org_id != caller.org_id:
+                raise NotFound(f"request_id: there is no request {request_id[:120]!r}")
+            run = self._runs[request_id.rpartition(":")[0]]
+            self._sessions.seen(run.row.session_id)
+            outcome = await request.wait(seconds, closing)
+        if outcome is None:
+            return run.pending()
+        self._recorder.was_fetched(request_id)
+        return outcome
+
+    # Beginnings and ends
+
+    async def take_up(self) -> None:
+        """After a start: what is in the log and can go on, goes on; what cannot, says so."""
+        store = self._context.store
+        for run_id in await store.read(commands.runs_with_queued):
+            run = await self._find(run_id)
+            assert run is not None
+            for command in await store.read(partial(commands.of_run, run_id=run_id)):
+                if command.status == "queued" and self._recorder.find(command.request_id) is None:
+                    request = PendingRequest(command.request_id, run.row.org_id)
+                    await run.fail_after_restart(self._recorder.expect(request))
+
+    def _engine_lost(self, _generation: int) -> None:
+        for run in self._runs.values():
+            run.engine_lost()
+
+    async def _session_finished(self, session_id: str) -> None:
+        for run in self._of_session(session_id):
+            await run.close()
+
+    async def _session_silent(self, session_id: str) -> None:
+        for run in self._of_session(session_id):
+            await run.put_away()
+
+    def _of_session(self, session_id: str) -> list[Run]:
+        return [run for run in self._runs.values() if run.row.session_id == session_id]
+
+    async def settle(self, seconds: float) -> None:
+        """Let what is under way end, then hold what is not, for the next start."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            busy = [run for run in self._runs.values() if run.busy]
+            if not busy:
+                break
+            await asyncio.wait([asyncio.ensure_future(run.settled()) for run in busy], timeout=min(left, 0.2))
+        for run in self._runs.values():
+            run.hold()
+
+    async def put_all_away(self, seconds: float) -> None:
+        """Put every run away whole, as far as there is time."""
+        work = {asyncio.ensure_future(run.put_away()): run for run in self._runs.values()}
+        if work:
+            _, late = await asyncio.wait(work, timeout=seconds)
+            for task in late:
+                task.cancel()
+                log.error(
+                    "run %s is not done after %g s, and its state is lost; start from a checkpoint",
+                    work[task].row.id,
+                    seconds,
+                )
+
+    def flush(self) -> None:
+        self._recorder.flush()
+        if self._used:
+            used, self._used = self._used, {}
+            self._context.store.write_soon(lambda connection: runs.touch(connection, used))
+
+    def last_used(self, row: RunRow) -> float:
+        return max(row.last_request_at, self._used.get(row.id, 0.0))
+
+    async def is_lost(self, row: RunRow) -> bool:
+        """Whether nothing but checkpoints is left of a run."""
+        run = self._runs.get(row.id)
+        if run is not None:
+            return run.lost
+        finished = await self._sessions.is_finished(row.session_id)
+        return row.state == "live" and row.snapshot is None and not finished
+
+    @property
+    def pending(self) -> int:
+        """How many requests are on their way."""
+        return len(self._recorder)
+
+    def counts(self) -> dict[str, int]:
+        """How many runs are in which phase."""
+        found: dict[str, int] = {}
+        for run in self._runs.values():
+            found[run.phase] = found.get(run.phase, 0) + 1
+        return found

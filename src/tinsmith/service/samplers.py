@@ -1,0 +1,163 @@
+"""Sampling sessions, and the weights behind them: which ones the engine holds, and opening the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable
+from dataclasses import replace
+
+from tinsmith.engine.commands import EngineLost, Failed, ModelInfo, OpenSampler, ReleaseSampler
+from tinsmith.store import samplers
+from tinsmith.store.samplers import SamplingSessionRow
+from tinsmith.wire.paths import TinkerPath
+from tinsmith.wire.requests import CreateSamplingSession
+
+from .context import Context
+from .errors import NotFound, Refusal, Refused
+from .keys import Caller
+from .sessions import Sessions
+from .steps import Source, find_checkpoint, sampler_of
+
+
+class Samplers:
+    def __init__(self, context: Context, sessions: Sessions) -> None:
+        self._context = context
+        self._sessions = sessions
+        self._rows: dict[str, SamplingSessionRow] = {}
+        # Samplers that the engine of this life holds, and those that are being opened.
+        self._open: set[str] = set()
+        self._opening: dict[str, asyncio.Task[str | None]] = {}
+        sessions.on_finish.append(self._release_unnamed)
+        sessions.on_silence.append(self._release_unnamed)
+        context.engine.on_lost(self._engine_lost)
+
+    async def create(self, caller: Caller, request: CreateSamplingSession) -> str:
+        await self._sessions.open(caller, request.session_id)
+        row = SamplingSessionRow(
+            id=f"{request.session_id}:sample:{request.sampling_session_seq_id}",
+            org_id=caller.org_id,
+            session_id=request.session_id,
+            created_at=time.time(),
+            base_model="",
+            model_path=request.model_path,
+            sampler=None,
+            folder=None,
+            ephemeral=False,
+        )
+        row = await self.resolve(caller, row, request.base_model)
+        row = await self._context.store.write(lambda connection: samplers.add(connection, row))
+        self._rows[row.id] = row
+        if row.sampler is not None and not row.ephemeral:
+            self.begin_to_open(row)  # so that it is there when the first sample comes
+        return row.id
+
+    async def resolve(
+        self, caller: Caller, row: SamplingSessionRow, base_model: str | None
+    ) -> SamplingSessionRow:
+        """Which base model and which weights are meant."""
+        if row.model_path is None:
+            if base_model is None:
+                raise Refused("base_model: is missing, and so is model_path; give one of the two")
+            return replace(row, base_model=self.sampleable(base_model).name)
+        try:
+            path = TinkerPath.parse(row.model_path, "model_path")
+            checkpoint, source = await find_checkpoint(self._context, path, caller.org_id)
+        except Refusal as refusal:
+            raise NotFound(str(refusal).replace("path:", "model_path:", 1)) from None
+        model = self.sampleable(base_model or source.base_model)
+        _check_base(source, model)
+        return replace(
+            row, base_model=model.name, sampler=sampler_of(checkpoint.id), folder=checkpoint.folder
+        )
+
+    def sampleable(self, name: str) -> ModelInfo:
+        model = self._context.model(name)
+        if not model.sampleable:
+            raise Refused(f"base_model: {model.name} cannot be sampled from here")
+        return model
+
+    async def get(self, caller: Caller, id_: str) -> SamplingSessionRow:
+        row = self._rows.get(id_)
+        if row is None:
+            row = await self._context.store.read(lambda connection: samplers.get(connection, id_))
+            if row is not None:
+                row = self._rows.setdefault(id_, row)
+        if row is None or row.org_id != caller.org_id:
+            raise NotFound(f"sampling_session_id: there is no sampling session {id_[:120]!r}")
+        return row
+
+    async def join(self, caller: Caller, id_: str) -> int:
+        row = await self.get(caller, id_)
+        return await self._context.store.write(lambda connection: samplers.next_clone(connection, row.id))
+
+    def published(self, sampler: str) -> None:
+        """The engine holds a sampler from now on, because a run has published it."""
+        self._open.add(sampler)
+
+    def is_gone(self, row: SamplingSessionRow) -> bool:
+        """Whether these weights were held by the engine alone, and are no more."""
+        return row.ephemeral and row.sampler not in self._open
+
+    def begin_to_open(self, row: SamplingSessionRow) -> asyncio.Task[str | None] | None:
+        """Make the engine know a checkpoint's weights. None where it does."""
+        assert row.sampler is not None
+        assert row.folder is not None
+        if row.sampler in self._open:
+            return None
+        task = self._opening.get(row.sampler)
+        if task is None:
+            task = self._opening[row.sampler] = self._context.spawn(
+                self._open_sampler(row.sampler, row.base_model, row.folder)
+            )
+        return task
+
+    async def _open_sampler(self, sampler: str, model: str, folder: str) -> str | None:
+        """What went wrong, if something did."""
+        try:
+            path = str(self._context.blobs.path(folder))
+            reply = await self._context.engine.submit(OpenSampler(sampler, model, path))
+            if isinstance(reply, Failed):
+                return reply.message
+            self._open.add(sampler)
+            return None
+        finally:
+            self._opening.pop(sampler, None)
+
+    # Ends
+
+    async def _release_unnamed(self, session_id: str) -> None:
+        """What was never saved under a name goes with its session."""
+        for row in await self._context.store.read(
+            lambda connection: samplers.ephemeral_of(connection, session_id)
+        ):
+            if row.sampler is not None:
+                self._release(row.sampler)
+
+    def forget_checkpoint(self, checkpoint_id: str) -> None:
+        """A checkpoint was deleted; what was opened of it goes too."""
+        self._release(sampler_of(checkpoint_id))
+
+    def _release(self, sampler: str) -> None:
+        if sampler in self._open:
+            self._open.discard(sampler)
+            self._context.spawn(quietly(self._context.engine.submit(ReleaseSampler(sampler))))
+
+    def _engine_lost(self, _generation: int) -> None:
+        self._open.clear()
+
+
+async def quietly(reply: Awaitable[object]) -> None:
+    """Wait for an answer that nobody needs."""
+    with contextlib.suppress(EngineLost):
+        await reply
+
+
+def _check_base(source: Source, model: ModelInfo) -> None:
+    if source.fingerprint != model.fingerprint:
+        raise Refused(
+            f"model_path: these weights were trained on another base model ({source.base_model},"
+            f" {source.fingerprint[:12]}) than the one that is served as {model.name}"
+            f" ({model.fingerprint[:12]}); serve the model that they were trained on"
+        )

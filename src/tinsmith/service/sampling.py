@@ -1,0 +1,289 @@
+"""Samples: which ones are under way, and what came of them.
+
+Nothing of a sample outlives the server. A sample that was forgotten is answered as lost, and its
+client submits it again: with a seed of its own it then gets the same tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from tinsmith.engine.commands import Cancel, EngineLost, Failed, ModelInfo, SampleParams
+from tinsmith.engine.commands import Sample as EngineSample
+from tinsmith.store.samplers import SamplingSessionRow
+from tinsmith.wire import requests
+from tinsmith.wire.errors import WireError
+
+from .context import Context
+from .errors import Gone
+from .futures import Failure, Lost, Outcome, Pending, PendingRequest, Result
+from .keys import Caller
+from .samplers import Samplers, quietly
+from .sessions import Sessions
+
+_KEPT_BYTES = 256 * 2**20  # results of samples in memory, beyond which the oldest fetched ones go
+_CLONE = 1_000_000_000  # a clone's seq_ids start at a multiple of this
+
+
+def is_sample(request_id: str) -> bool:
+    return ":sample:" in request_id or request_id.startswith("sample:")
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a sampling request is answered: where its outcome will be, and its sequences' names."""
+
+    request_id: str
+    sequence_ids: list[str]
+
+
+@dataclass(slots=True, eq=False)
+class _Sample:
+    request: PendingRequest
+    session_id: str | None  # of the client, for cancelling what nobody waits for
+    sampling_session_id: str | None
+    seq_id: int
+    num_samples: int
+    size: int = 0
+    ended: int = 0  # the order in which samples ended; 0 while it has not
+    ended_at: float = 0.0
+    fetched_at: float | None = None
+
+
+class Sampling:
+    def __init__(self, context: Context, sessions: Sessions, samplers: Samplers) -> None:
+        self._context = context
+        self._sessions = sessions
+        self._samplers = samplers
+        self._samples: dict[str, _Sample] = {}
+        self._of_session: dict[str, dict[str, _Sample]] = {}
+        self._ended = 0
+        self._kept_bytes = 0
+        self._bells: dict[str, asyncio.Event] = {}
+        sessions.on_finish.append(self._session_ended)
+        sessions.on_silence.append(self._session_ended)
+
+    # Samples
+
+    async def sample(self, caller: Caller, request: requests.Sample) -> Promise:
+        if request.sampling_session_id is not None:
+            row = await self._samplers.get(caller, request.sampling_session_id)
+            request_id = f"{row.id}:{request.seq_id}"
+            if (known := self._samples.get(request_id)) is not None:
+                return _promise(known)
+            if await self._sessions.is_finished(row.session_id):
+                raise Gone(
+                    f"sampling_session_id: the session of {row.id} has finished; create a new sampling client"
+                )
+        else:
+            row = SamplingSessionRow(
+                "", caller.org_id, "", 0.0, "", request.model_path, None, None, ephemeral=False
+            )
+            row = await self._samplers.resolve(caller, row, request.base_model)
+            request_id = f"sample:{uuid.uuid4().hex}"
+        model = self._samplers.sampleable(row.base_model)
+        _check_length(request, model)
+        _check_top_k(request, model)
+        if self._samplers.is_gone(row):
+            raise Gone(
+                f"sampling_session_id: the weights of {row.id} were never saved under a name, and went with"
+                " the engine or the session that held them; make a new sampling client with"
+                " save_weights_and_get_sampling_client(), or from a checkpoint"
+            )
+        sample = _Sample(
+            PendingRequest(request_id, caller.org_id),
+            row.session_id or None,
+            row.id or None,
+            request.seq_id or 0,
+            request.num_samples,
+        )
+        if (known := self._samples.setdefault(request_id, sample)) is not sample:
+            return _promise(known)
+        if row.session_id:
+            self._sessions.seen(row.session_id)
+            self._of_session.setdefault(row.session_id, {})[request_id] = sample
+        self._context.spawn(self._run(sample, row, model, request))
+        return _promise(sample)
+
+    async def _run(
+        self, sample: _Sample, row: SamplingSessionRow, model: ModelInfo, request: requests.Sample
+    ) -> None:
+        try:
+            outcome = await self._outcome_of(sample, row, model, request)
+        except EngineLost:
+            outcome = Lost("the engine stopped while this was being sampled; submit it again")
+        except Exception as error:
+            outcome = Failure(f"the server failed: {error}", "server")
+            self._end(sample, outcome)
+            raise
+        self._end(sample, outcome)
+
+    async def _outcome_of(
+        self, sample: _Sample, row: SamplingSessionRow, model: ModelInfo, request: requests.Sample
+    ) -> Outcome:
+        if row.folder is not None and (task := self._samplers.begin_to_open(row)) is not None:
+            wrong = await asyncio.shield(task)
+            if wrong is not None:
+                return Failure(f"the weights {row.model_path} could not be opened: {wrong}", "server")
+        if sample.request.outcome is not None:  # cancelled meanwhile
+            return sample.request.outcome
+        reply = await self._context.engine.submit(
+            EngineSample(
+                request=sample.request.request_id,
+                model=model.name,
+                sampler=row.sampler,
+                prompt=request.prompt,
+                params=SampleParams(
+                    seed=request.seed if request.seed is not None else secrets.randbits(63),
+                    max_tokens=request.max_tokens,
+                    temperature=request.temperature,
+                    top_k=request.top_k,
+                    top_p=request.top_p,
+                    stop=request.stop,
+                ),
+                num_samples=request.num_samples,
+                prompt_logprobs=request.prompt_logprobs,
+                topk_prompt=request.topk_prompt_logprobs,
+                topk_sample=request.topk_sample_logprobs,
+            )
+        )
+        if isinstance(reply, Failed):
+            return Failure(reply.message, reply.category)
+        return Result(reply.payload)
+
+    def _end(self, sample: _Sample, outcome: Outcome) -> None:
+        if sample.ended:
+            return
+        sample.request.resolve(outcome)
+        self._ended += 1
+        sample.ended, sample.ended_at = self._ended, time.monotonic()
+        if isinstance(outcome, Result) and isinstance(outcome.payload, bytes):
+            sample.size = len(outcome.payload)
+            self._kept_bytes += sample.size
+        if sample.sampling_session_id is not None:
+            bell = self._bells.pop(sample.sampling_session_id, None)
+            if bell is not None:
+                bell.set()
+
+    async def outcome(
+        self, caller: Caller, request_id: str, seconds: float, closing: asyncio.Future[None]
+    ) -> Outcome | Pending:
+        sample = self._samples.get(request_id)
+        if sample is None or sample.request.org_id != caller.org_id:
+            return Lost("this sampling request is not known here (any more); submit it again")
+        if sample.session_id is not None:
+            self._sessions.seen(sample.session_id)
+        outcome = await sample.request.wait(seconds, closing)
+        if outcome is None:
+            ready = self._context.engine.ready
+            return Pending() if ready else Pending("paused_capacity", "the engine is starting")
+        if sample.fetched_at is None:
+            sample.fetched_at = time.monotonic()
+        return outcome
+
+    async def completions(
+        self, caller: Caller, request: requests.RetrieveFutures, hold: float, closing: asyncio.Future[None]
+    ) -> tuple[list[dict[str, object]], int]:
+        """Which of a sampling client's requests have ended since a cursor; waits until one has."""
+        row = await self._samplers.get(caller, request.sampling_session_id)
+        mine = self._of_session.get(row.session_id, {})
+        for request_id in request.retrieved:
+            if (sample := mine.get(request_id)) is not None and sample.fetched_at is None:
+                sample.fetched_at = time.monotonic()
+        deadline = time.monotonic() + (hold if request.timeout is None else min(request.timeout, hold))
+        while True:
+            ended = sorted(
+                (
+                    sample
+                    for sample in self._of_session.get(row.session_id, {}).values()
+                    if sample.sampling_session_id == row.id
+                    and sample.seq_id // _CLONE == request.clone
+                    and sample.ended > request.cursor
+                ),
+                key=lambda sample: sample.ended,
+            )
+            left = deadline - time.monotonic()
+            if ended or left <= 0 or closing.done():
+                return [_completion(sample) for sample in ended], max(
+                    [request.cursor, *(sample.ended for sample in ended)]
+                )
+            bell = self._bells.setdefault(row.id, asyncio.Event())
+            ringing = asyncio.ensure_future(bell.wait())
+            either: set[asyncio.Future[Any]] = {ringing, closing}
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            ringing.cancel()
+
+    # Ends
+
+    async def cancel(self, caller: Caller, request_id: str) -> None:
+        sample = self._samples.get(request_id)
+        if sample is not None and sample.request.org_id == caller.org_id:
+            self._cancel(sample)
+
+    def _cancel(self, sample: _Sample) -> None:
+        if not sample.ended:
+            self._end(sample, Failure("cancelled"))
+            self._context.spawn(quietly(self._context.engine.submit(Cancel(sample.request.request_id))))
+
+    async def _session_ended(self, session_id: str) -> None:
+        """Nobody waits for this session's samples any more."""
+        for sample in list(self._of_session.get(session_id, {}).values()):
+            self._cancel(sample)
+
+    def sweep(self) -> None:
+        """Forget results that were fetched long ago, and earlier where they take too much room."""
+        now, ttl = time.monotonic(), self._context.settings.result_ttl
+        for request_id, sample in list(self._samples.items()):
+            if not sample.ended:
+                continue
+            old = now - (sample.fetched_at or sample.ended_at) > ttl
+            if old or (self._kept_bytes > _KEPT_BYTES and sample.fetched_at is not None):
+                del self._samples[request_id]
+                self._kept_bytes -= sample.size
+                if sample.session_id is not None:
+                    self._of_session.get(sample.session_id, {}).pop(request_id, None)
+
+    @property
+    def under_way(self) -> int:
+        return sum(not sample.ended for sample in self._samples.values())
+
+
+def _promise(sample: _Sample) -> Promise:
+    request_id = sample.request.request_id
+    return Promise(request_id, [f"{request_id}:{index}" for index in range(sample.num_samples)])
+
+
+def _completion(sample: _Sample) -> dict[str, object]:
+    done = isinstance(sample.request.outcome, Result)
+    answer: dict[str, object] = {
+        "request_id": sample.request.request_id,
+        "state": "finished" if done else "failed",
+    }
+    if done:
+        answer["response_payload_uncompressed_size"] = sample.size
+    return answer
+
+
+def _check_top_k(request: requests.Sample, model: ModelInfo) -> None:
+    for name, k in (
+        ("topk_prompt_logprobs", request.topk_prompt_logprobs),
+        ("topk_sample_logprobs", request.topk_sample_logprobs),
+    ):
+        if k > model.vocab_size:
+            raise WireError(name, f"is {k}, more than the {model.vocab_size} tokens of the vocabulary")
+
+
+def _check_length(request: requests.Sample, model: ModelInfo) -> None:
+    wanted = request.max_tokens or 1
+    if request.prompt_length + wanted > model.max_context:
+        shown = str(wanted) if request.max_tokens is not None else "not set (at least 1)"
+        raise WireError(
+            "max_tokens",
+            f"the prompt has {request.prompt_length} tokens and max_tokens is {shown}, together more than"
+            f" this model's context of {model.max_context} tokens; shorten one of them",
+        )

@@ -1,0 +1,119 @@
+"""Client sessions: who is alive.
+
+A session that finishes takes its samplers and its runs' memory along. One that falls silent keeps
+everything, but off the device: its runs are put away, and come back with its next request.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from tinsmith.store import sessions
+from tinsmith.store.sessions import SessionRow
+from tinsmith.wire.requests import CreateSession, FinishSession
+
+from .context import Context
+from .errors import Gone, NotFound
+from .keys import Caller
+
+
+class Sessions:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._rows: dict[str, SessionRow] = {}
+        self._seen: dict[str, float] = {}  # monotonic; sessions whose clients are taken for alive
+        self.on_finish: list[Callable[[str], Awaitable[None]]] = []
+        self.on_silence: list[Callable[[str], Awaitable[None]]] = []
+
+    async def create(self, caller: Caller, request: CreateSession) -> str:
+        row = SessionRow(
+            id=str(uuid.uuid4()),
+            org_id=caller.org_id,
+            key_id=caller.key_id,
+            created_at=time.time(),
+            finished_at=None,
+            finish_reason=None,
+            finish_detail=None,
+            tags=sorted(request.tags),
+            user_metadata=request.user_metadata,
+            sdk_version=request.sdk_version,
+            project_id=request.project_id,
+            display_name=request.display_name,
+        )
+        await self._context.store.write(lambda connection: sessions.add(connection, row))
+        self._rows[row.id] = row
+        self.seen(row.id)
+        return row.id
+
+    async def get(self, caller: Caller, session_id: str) -> SessionRow:
+        row = self._rows.get(session_id)
+        if row is None:
+            row = await self._context.store.read(lambda connection: sessions.get(connection, session_id))
+            if row is not None:
+                row = self._rows.setdefault(session_id, row)
+        if row is None or row.org_id != caller.org_id:
+            raise NotFound(f"session_id: there is no session {session_id[:80]!r}")
+        return row
+
+    async def open(self, caller: Caller, session_id: str) -> SessionRow:
+        """A session in which something new may be made."""
+        row = await self.get(caller, session_id)
+        if row.finished_at is not None:
+            raise Gone(f"session_id: the session {session_id} has finished; create a new ServiceClient")
+        self.seen(session_id)
+        return row
+
+    async def is_finished(self, session_id: str) -> bool:
+        row = self._rows.get(session_id)
+        if row is None:
+            row = await self._context.store.read(lambda connection: sessions.get(connection, session_id))
+        return row is not None and row.finished_at is not None
+
+    def seen(self, session_id: str) -> None:
+        self._seen[session_id] = time.monotonic()
+
+    async def finish(self, caller: Caller, session_id: str, request: FinishSession) -> None:
+        row = await self.get(caller, session_id)
+        if row.finished_at is not None:
+            return
+        now = time.time()
+        await self._context.store.write(
+            lambda connection: sessions.finish(connection, session_id, request.reason, request.detail, now)
+        )
+        self._rows[session_id] = replace(row, finished_at=now, finish_reason=request.reason)
+        self._seen.pop(session_id, None)
+        for react in self.on_finish:
+            self._context.spawn(_call(react, session_id))
+
+    def look_for_silence(self) -> None:
+        """Release the memory of sessions that gave no sign of life for too long."""
+        oldest = time.monotonic() - self._context.settings.heartbeat_timeout
+        for session_id in [id_ for id_, seen in self._seen.items() if seen < oldest]:
+            del self._seen[session_id]
+            for react in self.on_silence:
+                self._context.spawn(_call(react, session_id))
+
+    async def take_up(self) -> None:
+        """After a start: give every client that may still be there the time to be heard."""
+        for row in await self._context.store.read(sessions.unfinished):
+            self._rows[row.id] = row
+            self.seen(row.id)
+
+    async def page(self, caller: Caller, limit: int, offset: int) -> list[SessionRow]:
+        return await self._context.store.read(
+            lambda connection: sessions.of_org(connection, caller.org_id, limit, offset)
+        )
+
+    async def members(self, caller: Caller, session_id: str) -> tuple[SessionRow, list[str], list[str]]:
+        row = await self.get(caller, session_id)
+        runs, samplers = await self._context.store.read(
+            lambda connection: sessions.members(connection, session_id)
+        )
+        return row, runs, samplers
+
+
+async def _call(react: Callable[[str], Awaitable[None]], session_id: str) -> None:
+    await react(session_id)

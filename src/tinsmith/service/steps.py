@@ -1,0 +1,302 @@
+"""What each kind of logged command asks of the engine, and what its sender is answered.
+
+A step is made when the command's turn has come, from nothing but the logged body and what earlier
+commands of the run have left behind: everything random was drawn before it was logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import sqlalchemy as sa
+
+from tinsmith.engine.commands import (
+    AdamParams,
+    Command,
+    CreateAdapter,
+    Done,
+    ForwardBackward,
+    LoadState,
+    LoraSpec,
+    OptimStep,
+    Publish,
+    SaveState,
+)
+from tinsmith.store import checkpoints, runs, samplers
+from tinsmith.store.checkpoints import CheckpointRow
+from tinsmith.store.runs import RunRow
+from tinsmith.store.samplers import SamplingSessionRow
+from tinsmith.wire.paths import CheckpointKind, TinkerPath
+
+from .context import Context
+from .errors import Refusal
+
+Kind = Literal[
+    "create_model", "create_by_load", "load_weights", "forward_backward", "forward",
+    "optim_step", "save_weights", "save_weights_for_sampler",
+]  # fmt: skip
+
+CREATES: frozenset[str] = frozenset({"create_model", "create_by_load"})
+
+Payload = bytes | dict[str, object]
+
+
+@dataclass(slots=True)
+class Step:
+    """Engine commands, submitted one behind the other; the answer is made from the last one's.
+
+    `commit` is written in the transaction that records the answer, and `then` runs after it.
+    `undo` runs if it was not done after all. A step with `commit` is answered when that is durable.
+    """
+
+    commands: tuple[Command, ...]
+    answer: Callable[[Done], Payload]
+    commit: Callable[[sa.Connection, Done], object] | None = None
+    then: Callable[[object], None] | None = None
+    undo: Callable[[], None] | None = None
+
+
+@dataclass(slots=True)
+class Saves:
+    """The names that a run is saving under at this moment: the second save of one waits for the first."""
+
+    under_way: dict[tuple[CheckpointKind, str], asyncio.Event] = field(default_factory=dict)
+
+    async def claim(self, kind: CheckpointKind, name: str) -> Callable[[], None]:
+        while (other := self.under_way.get((kind, name))) is not None:
+            await other.wait()
+        mine = self.under_way[kind, name] = asyncio.Event()
+
+        def release() -> None:
+            self.under_way.pop((kind, name), None)
+            mine.set()
+
+        return release
+
+    async def settled(self, path: TinkerPath) -> None:
+        """Wait for a save under `path` that is not done yet."""
+        while (other := self.under_way.get((path.kind, path.name))) is not None:
+            await other.wait()
+
+
+@dataclass(slots=True)
+class StepMaker:
+    """Makes the steps of one run. `published` is told of samplers that the engine holds from now on."""
+
+    context: Context
+    run: RunRow
+    saves: Saves
+    published: Callable[[str], None]
+
+    async def make(self, kind: str, seq_id: int, body: bytes, encoding: str) -> Step:
+        if kind in ("forward_backward", "forward"):
+            command = ForwardBackward(self.run.id, seq_id, body, cast(Literal["identity", "zstd"], encoding))
+            return Step((command,), answer=lambda done: done.payload)
+        values = json.loads(body)
+        if kind == "optim_step":
+            return Step((OptimStep(self.run.id, seq_id, AdamParams(**values)),), answer=_metrics)
+        if kind == "create_model":
+            return self._create(values)
+        if kind == "create_by_load":
+            return await self._create_by_load(seq_id, values)
+        if kind == "load_weights":
+            return await self._load(seq_id, values)
+        if kind == "save_weights":
+            return await self._save(seq_id, values)
+        if kind == "save_weights_for_sampler":
+            return await self._publish(seq_id, values)
+        raise Refusal(f"this server does not know commands of the kind {kind!r}")
+
+    def _create(self, values: dict[str, Any]) -> Step:
+        lora = LoraSpec(**values["lora"])
+        return Step(
+            (CreateAdapter(self.run.id, self.run.base_model, lora),),
+            answer=lambda _: {"type": "create_model", "model_id": self.run.id},
+            commit=lambda connection, _: runs.set_state(connection, self.run.id, "live"),
+        )
+
+    async def _create_by_load(self, seq_id: int, values: dict[str, Any]) -> Step:
+        load = await self._load(seq_id, values)
+        create = CreateAdapter(self.run.id, self.run.base_model, LoraSpec(**values["lora"]))
+        load.commands = (create, *load.commands)
+        load.commit = lambda connection, _: runs.set_state(connection, self.run.id, "live")
+        return load
+
+    async def _load(self, seq_id: int, values: dict[str, Any]) -> Step:
+        path = TinkerPath.parse(values["path"])
+        if path.run == self.run.id:
+            await self.saves.settled(path)
+        checkpoint, source = await find_checkpoint(self.context, path, values["org_id"])
+        check_base(source, self.run)
+        if source.lora_shape != lora_shape(self.run.lora):
+            raise Refusal(
+                f"path: {path} has LoRA {source.lora_shape}, but this run has {lora_shape(self.run.lora)};"
+                " create a training client from that checkpoint instead"
+            )
+        folder = self.context.blobs.path(checkpoint.folder)
+        return Step(
+            (LoadState(self.run.id, seq_id, str(folder), optimizer=values["optimizer"]),),
+            answer=lambda _: {"type": "load_weights", "path": str(path), "model_id": self.run.id},
+        )
+
+    async def _save(self, seq_id: int, values: dict[str, Any]) -> Step:
+        release = await self._claim("training", values["name"], values["overwrite"])
+        row, folder = self._checkpoint("training", seq_id, values)
+        return Step(
+            (SaveState(self.run.id, seq_id, str(folder)),),
+            answer=lambda _: {"type": "save_weights", "path": str(row.path)},
+            commit=lambda connection, done: checkpoints.add(connection, _sized(row, done)),
+            then=lambda replaced: self._saved(release, replaced),
+            undo=lambda: self._not_saved(release, row.folder),
+        )
+
+    async def _publish(self, seq_id: int, values: dict[str, Any]) -> Step:
+        if values["name"] is None:
+            return await self._publish_ephemeral(seq_id, values)
+        release = await self._claim("sampler", values["name"], values["overwrite"])
+        row, folder = self._checkpoint("sampler", seq_id, values)
+        sampler = sampler_of(row.id)
+
+        def saved(replaced: object) -> None:
+            self.published(sampler)
+            self._saved(release, replaced)
+
+        return Step(
+            (Publish(self.run.id, seq_id, sampler, str(folder)),),
+            answer=lambda _: {"type": "save_weights_for_sampler", "path": str(row.path)},
+            commit=lambda connection, done: checkpoints.add(connection, _sized(row, done)),
+            then=saved,
+            undo=lambda: self._not_saved(release, row.folder),
+        )
+
+    async def _publish_ephemeral(self, seq_id: int, values: dict[str, Any]) -> Step:
+        row = SamplingSessionRow(
+            id=values["sampling_session_id"],
+            org_id=self.run.org_id,
+            session_id=self.run.session_id,
+            created_at=values["created_at"],
+            base_model=self.run.base_model,
+            model_path=None,
+            sampler=values["sampling_session_id"],
+            folder=None,
+            ephemeral=True,
+        )
+        if await self.context.store.read(lambda connection: samplers.get(connection, row.id)) is not None:
+            raise Refusal(f"sampling_session_seq_id: there is a sampling session {row.id} already")
+        return Step(
+            (Publish(self.run.id, seq_id, row.id),),
+            answer=lambda _: {"type": "save_weights_for_sampler", "sampling_session_id": row.id},
+            commit=lambda connection, _: samplers.add(connection, row),
+            then=lambda _: self.published(row.id),
+        )
+
+    async def _claim(self, kind: CheckpointKind, name: str, overwrite: bool) -> Callable[[], None]:
+        release = await self.saves.claim(kind, name)
+        try:
+            path = TinkerPath(self.run.id, kind, name)
+            known = await self.context.store.read(
+                lambda connection: checkpoints.find(connection, path, time.time())
+            )
+            if known is not None and not overwrite:
+                raise Refusal(
+                    f"path: {path} exists already, and checkpoints never change;"
+                    + (" choose another name, or save with overwrite=True" if kind == "training" else
+                       " choose another name")
+                )  # fmt: skip
+        except BaseException:
+            release()
+            raise
+        return release
+
+    def _checkpoint(
+        self, kind: CheckpointKind, seq_id: int, values: dict[str, Any]
+    ) -> tuple[CheckpointRow, Path]:
+        folder = f"checkpoints/{values['checkpoint']}"
+        row = CheckpointRow(
+            id=values["checkpoint"],
+            org_id=self.run.org_id,
+            run_id=self.run.id,
+            kind=kind,
+            name=values["name"],
+            seq_id=seq_id,
+            folder=folder,
+            size_bytes=None,
+            created_at=values["created_at"],
+            expires_at=values["expires_at"],
+            user_metadata=values["user_metadata"],
+        )
+        return row, self.context.blobs.path(folder)
+
+    def _saved(self, release: Callable[[], None], replaced: object) -> None:
+        release()
+        if isinstance(replaced, str):
+            self.context.spawn(asyncio.to_thread(self.context.blobs.delete, replaced))
+
+    def _not_saved(self, release: Callable[[], None], folder: str) -> None:
+        release()
+        self.context.spawn(asyncio.to_thread(self.context.blobs.delete, folder))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a checkpoint was made of."""
+
+    base_model: str
+    fingerprint: str
+    lora: dict[str, object]
+
+    @property
+    def lora_shape(self) -> str:
+        return lora_shape(self.lora)
+
+
+async def find_checkpoint(context: Context, path: TinkerPath, org_id: str) -> tuple[CheckpointRow, Source]:
+    """A checkpoint of `org_id` and what it was made of. Another organization's is not found."""
+
+    def look(connection: sa.Connection) -> tuple[CheckpointRow, Source] | None:
+        row = checkpoints.find(connection, path, time.time())
+        run = runs.get(connection, row.run_id) if row is not None and row.org_id == org_id else None
+        if row is None or run is None:
+            return None
+        return row, Source(run.base_model, run.fingerprint, run.lora)
+
+    found = await context.store.read(look)
+    if found is None:
+        raise Refusal(f"path: there is no checkpoint {path}; `tinker checkpoint list` shows yours")
+    return found
+
+
+def check_base(source: Source, run: RunRow) -> None:
+    """A checkpoint fits the base model that it was trained on, and no other one of the same name."""
+    if source.fingerprint != run.fingerprint:
+        raise Refusal(
+            f"path: this checkpoint was trained on another base model ({source.base_model},"
+            f" {source.fingerprint[:12]}) than the one that is served as {run.base_model}"
+            f" ({run.fingerprint[:12]}); serve the model that it was trained on"
+        )
+
+
+def lora_shape(lora: dict[str, object]) -> str:
+    """What must be the same for weights to fit an adapter."""
+    parts = [name for name in ("attn", "mlp", "unembed") if lora.get(f"train_{name}")]
+    return f"rank {lora.get('rank')} on {', '.join(parts)}"
+
+
+def sampler_of(checkpoint_id: str) -> str:
+    """What the engine knows a checkpoint's weights by, once they are opened."""
+    return f"checkpoint-{checkpoint_id}"
+
+
+def _metrics(done: Done) -> Payload:
+    return done.payload if isinstance(done.payload, dict) else {"metrics": {}}
+
+
+def _sized(row: CheckpointRow, done: Done) -> CheckpointRow:
+    size = done.payload.get("size_bytes") if isinstance(done.payload, dict) else None
+    return replace(row, size_bytes=size if isinstance(size, int) else None)

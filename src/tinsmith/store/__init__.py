@@ -1,0 +1,5 @@
+"""What survives in SQL. Every statement of Tinsmith is in this package; the rest calls functions."""
+
+from .database import Store
+
+__all__ = ["Store"]

@@ -1,0 +1,124 @@
+"""Checkpoints: rows are added once the engine has written the folder, and then never change."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from tinsmith.wire.paths import CheckpointKind, TinkerPath
+
+from .tables import checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRow:
+    id: str
+    org_id: str
+    run_id: str
+    kind: CheckpointKind
+    name: str
+    seq_id: int
+    folder: str
+    size_bytes: int | None
+    created_at: float
+    expires_at: float | None
+    user_metadata: dict[str, str] | None
+
+    @property
+    def path(self) -> TinkerPath:
+        return TinkerPath(self.run_id, self.kind, self.name)
+
+
+def add(connection: sa.Connection, row: CheckpointRow) -> str | None:
+    """Add a checkpoint; one of the same name is replaced, and its folder comes back for deletion."""
+    same = (
+        (checkpoints.c.run_id == row.run_id)
+        & (checkpoints.c.kind == row.kind)
+        & (checkpoints.c.name == row.name)
+    )
+    replaced = connection.scalar(sa.select(checkpoints.c.folder).where(same))
+    if replaced is not None:
+        connection.execute(checkpoints.delete().where(same))
+    connection.execute(
+        checkpoints.insert().values(
+            id=row.id,
+            org_id=row.org_id,
+            run_id=row.run_id,
+            kind=row.kind,
+            name=row.name,
+            seq_id=row.seq_id,
+            folder=row.folder,
+            size_bytes=row.size_bytes,
+            created_at=row.created_at,
+            expires_at=row.expires_at,
+            user_metadata=json.dumps(row.user_metadata) if row.user_metadata is not None else None,
+        )
+    )
+    return None if replaced is None else str(replaced)
+
+
+def find(connection: sa.Connection, path: TinkerPath, now: float) -> CheckpointRow | None:
+    row = connection.execute(
+        checkpoints.select().where(
+            checkpoints.c.run_id == path.run,
+            checkpoints.c.kind == path.kind,
+            checkpoints.c.name == path.name,
+            _alive(now),
+        )
+    ).one_or_none()
+    return _read(row) if row is not None else None
+
+
+def newest(connection: sa.Connection, run_id: str, kind: CheckpointKind, now: float) -> CheckpointRow | None:
+    row = connection.execute(
+        checkpoints.select()
+        .where(checkpoints.c.run_id == run_id, checkpoints.c.kind == kind, _alive(now))
+        .order_by(checkpoints.c.seq_id.desc())
+        .limit(1)
+    ).one_or_none()
+    return _read(row) if row is not None else None
+
+
+def of_run(connection: sa.Connection, run_id: str, now: float) -> list[CheckpointRow]:
+    query = checkpoints.select().where(checkpoints.c.run_id == run_id, _alive(now))
+    return [_read(row) for row in connection.execute(query.order_by(checkpoints.c.created_at))]
+
+
+def of_org(
+    connection: sa.Connection, org_id: str, limit: int, offset: int, now: float
+) -> tuple[list[CheckpointRow], int]:
+    mine = (checkpoints.c.org_id == org_id) & _alive(now)
+    total = connection.scalar(sa.select(sa.func.count()).select_from(checkpoints).where(mine)) or 0
+    query = checkpoints.select().where(mine).order_by(checkpoints.c.created_at.desc(), checkpoints.c.id)
+    return [_read(row) for row in connection.execute(query.limit(limit).offset(offset))], total
+
+
+def delete(connection: sa.Connection, checkpoint_id: str) -> None:
+    connection.execute(checkpoints.delete().where(checkpoints.c.id == checkpoint_id))
+
+
+def set_expiry(connection: sa.Connection, checkpoint_id: str, expires_at: float | None) -> None:
+    connection.execute(
+        checkpoints.update().where(checkpoints.c.id == checkpoint_id).values(expires_at=expires_at)
+    )
+
+
+def expired(connection: sa.Connection, now: float) -> list[CheckpointRow]:
+    query = checkpoints.select().where(checkpoints.c.expires_at <= now).limit(100)
+    return [_read(row) for row in connection.execute(query)]
+
+
+def folders(connection: sa.Connection) -> set[str]:
+    return {str(key) for key in connection.scalars(sa.select(checkpoints.c.folder))}
+
+
+def _alive(now: float) -> sa.ColumnElement[bool]:
+    return checkpoints.c.expires_at.is_(None) | (checkpoints.c.expires_at > now)
+
+
+def _read(row: sa.Row[tuple[object, ...]]) -> CheckpointRow:
+    values = dict(row._mapping)
+    values["user_metadata"] = json.loads(values["user_metadata"]) if values["user_metadata"] else None
+    return CheckpointRow(**values)

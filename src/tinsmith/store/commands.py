@@ -1,0 +1,176 @@
+"""The command log: every training request of every run, in order, and what became of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import sqlalchemy as sa
+
+from .tables import checkpoints, commands, runs, sessions
+
+Status = Literal["queued", "done", "failed"]
+ResultType = Literal["json", "protobuf"]
+
+
+@dataclass(frozen=True, slots=True)
+class CommandRow:
+    run_id: str
+    seq_id: int
+    request_id: str
+    kind: str
+    body: bytes | None
+    body_key: str | None
+    encoding: str
+    arrived_at: float
+    status: Status = "queued"
+    result: bytes | None = None
+    result_key: str | None = None
+    result_type: ResultType | None = None
+    error: str | None = None
+    category: str | None = None
+    finished_at: float | None = None
+
+
+_COLUMNS = [commands.c[name] for name in CommandRow.__dataclass_fields__]
+_SELECT = sa.select(*_COLUMNS)
+
+
+def add(connection: sa.Connection, row: CommandRow) -> str | None:
+    """Log a command. Where its place in its run is taken, nothing changes and the request id of the
+    one that took it comes back."""
+    taken = connection.scalar(
+        sa.select(commands.c.request_id).where(
+            commands.c.run_id == row.run_id, commands.c.seq_id == row.seq_id
+        )
+    )
+    if taken is not None:
+        return str(taken)
+    connection.execute(
+        commands.insert().values({name: getattr(row, name) for name in CommandRow.__dataclass_fields__})
+    )
+    return None
+
+
+def finish(
+    connection: sa.Connection,
+    request_id: str,
+    *,
+    now: float,
+    result: bytes | None = None,
+    result_key: str | None = None,
+    result_type: ResultType | None = None,
+    usage: Mapping[str, int] | None = None,
+    error: str | None = None,
+    category: str | None = None,
+) -> None:
+    """Write down what became of a command."""
+    connection.execute(
+        commands.update()
+        .where(commands.c.request_id == request_id, commands.c.status == "queued")
+        .values(
+            status="done" if error is None else "failed",
+            result=result,
+            result_key=result_key,
+            result_type=result_type,
+            usage=json.dumps(dict(usage)) if usage else None,
+            error=error,
+            category=category,
+            finished_at=now,
+        )
+    )
+
+
+def by_request(connection: sa.Connection, request_id: str) -> CommandRow | None:
+    row = connection.execute(_SELECT.where(commands.c.request_id == request_id)).one_or_none()
+    return CommandRow(*row) if row is not None else None
+
+
+def of_run(connection: sa.Connection, run_id: str, since: int = 0) -> list[CommandRow]:
+    """A run's commands from seq_id `since` on, in order."""
+    query = _SELECT.where(commands.c.run_id == run_id, commands.c.seq_id >= since)
+    return [CommandRow(*row) for row in connection.execute(query.order_by(commands.c.seq_id))]
+
+
+def runs_with_queued(connection: sa.Connection) -> list[str]:
+    query = sa.select(commands.c.run_id).where(commands.c.status == "queued").distinct()
+    return [str(run_id) for run_id in connection.scalars(query)]
+
+
+def fetched(connection: sa.Connection, request_ids: Iterable[str], now: float) -> None:
+    """Note that results were fetched. The hour that they are kept begins with the first time."""
+    for request_id in request_ids:
+        connection.execute(
+            commands.update()
+            .where(commands.c.request_id == request_id, commands.c.fetched_at.is_(None))
+            .values(fetched_at=now)
+        )
+
+
+def drop_results(connection: sa.Connection, fetched_before: float, limit: int = 1000) -> list[str]:
+    """Forget results that were fetched long ago. Answers the blobs that nothing refers to any more."""
+    old = list(
+        connection.execute(
+            sa.select(commands.c.pk, commands.c.result_key)
+            .where(commands.c.fetched_at < fetched_before, commands.c.result_type.is_not(None))
+            .limit(limit)
+        )
+    )
+    if old:
+        connection.execute(
+            commands.update()
+            .where(commands.c.pk.in_([pk for pk, _ in old]))
+            .values(result=None, result_key=None, result_type=None)
+        )
+    return [key for _, key in old if key is not None]
+
+
+def drop_replayable_bodies(connection: sa.Connection, limit: int = 1000) -> list[str]:
+    """Forget the bodies of commands that no replay needs: they come before the last optimizer step
+    that a training checkpoint of their run contains (after it, gradients may have been accumulated
+    that a checkpoint does not hold), or their session has finished. Answers the blobs, as above."""
+    step = commands.alias("step")
+    saved = (
+        sa.select(sa.func.max(step.c.seq_id))
+        .join(checkpoints, checkpoints.c.run_id == step.c.run_id)
+        .where(
+            step.c.run_id == commands.c.run_id,
+            step.c.kind == "optim_step",
+            step.c.status == "done",
+            step.c.seq_id < checkpoints.c.seq_id,
+            checkpoints.c.kind == "training",
+        )
+        .scalar_subquery()
+    )
+    finished = (
+        sa.select(sessions.c.id)
+        .join(runs, runs.c.session_id == sessions.c.id)
+        .where(runs.c.id == commands.c.run_id, sessions.c.finished_at.is_not(None))
+        .exists()
+    )
+    old = list(
+        connection.execute(
+            sa.select(commands.c.pk, commands.c.body_key)
+            .where(
+                commands.c.body_key.is_not(None),
+                commands.c.status != "queued",
+                (commands.c.seq_id < saved) | finished,
+            )
+            .limit(limit)
+        )
+    )
+    if old:
+        connection.execute(
+            commands.update().where(commands.c.pk.in_([pk for pk, _ in old])).values(body_key=None)
+        )
+    return [key for _, key in old]
+
+
+def blob_keys(connection: sa.Connection) -> set[str]:
+    """All blobs that the log refers to."""
+    keys: set[str] = set()
+    for column in (commands.c.body_key, commands.c.result_key):
+        keys.update(str(key) for key in connection.scalars(sa.select(column).where(column.is_not(None))))
+    return keys

@@ -1,0 +1,60 @@
+"""Sampling sessions: which weights a sampling client samples from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from .tables import sampling_sessions
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSessionRow:
+    id: str
+    org_id: str
+    session_id: str
+    created_at: float
+    base_model: str
+    model_path: str | None
+    sampler: str | None
+    folder: str | None
+    ephemeral: bool
+    clones: int = 0
+
+
+def add(connection: sa.Connection, row: SamplingSessionRow) -> SamplingSessionRow:
+    """Add a sampling session, or answer the one that has its id already."""
+    known = get(connection, row.id)
+    if known is not None:
+        return known
+    connection.execute(
+        sampling_sessions.insert().values(
+            {name: getattr(row, name) for name in SamplingSessionRow.__dataclass_fields__}
+        )
+    )
+    return row
+
+
+def get(connection: sa.Connection, id_: str) -> SamplingSessionRow | None:
+    row = connection.execute(sampling_sessions.select().where(sampling_sessions.c.id == id_)).one_or_none()
+    return SamplingSessionRow(**row._mapping) if row is not None else None
+
+
+def ephemeral_of(connection: sa.Connection, session_id: str) -> list[SamplingSessionRow]:
+    query = sampling_sessions.select().where(
+        sampling_sessions.c.session_id == session_id, sampling_sessions.c.ephemeral
+    )
+    return [SamplingSessionRow(**row._mapping) for row in connection.execute(query)]
+
+
+def next_clone(connection: sa.Connection, id_: str) -> int:
+    """Count one more client of a sampling session; the original one is 0."""
+    connection.execute(
+        sampling_sessions.update()
+        .where(sampling_sessions.c.id == id_)
+        .values(clones=sampling_sessions.c.clones + 1)
+    )
+    return int(
+        connection.scalar(sa.select(sampling_sessions.c.clones).where(sampling_sessions.c.id == id_)) or 0
+    )

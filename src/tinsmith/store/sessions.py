@@ -1,0 +1,88 @@
+"""Client sessions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from .tables import runs, sampling_sessions, sessions
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    id: str
+    org_id: str
+    key_id: str
+    created_at: float
+    finished_at: float | None
+    finish_reason: str | None
+    finish_detail: str | None
+    tags: list[str]
+    user_metadata: dict[str, object] | None
+    sdk_version: str
+    project_id: str | None
+    display_name: str | None
+
+
+def add(connection: sa.Connection, row: SessionRow) -> None:
+    connection.execute(
+        sessions.insert().values(
+            id=row.id,
+            org_id=row.org_id,
+            key_id=row.key_id,
+            created_at=row.created_at,
+            tags=json.dumps(row.tags),
+            user_metadata=json.dumps(row.user_metadata) if row.user_metadata is not None else None,
+            sdk_version=row.sdk_version,
+            project_id=row.project_id,
+            display_name=row.display_name,
+        )
+    )
+
+
+def get(connection: sa.Connection, session_id: str) -> SessionRow | None:
+    row = connection.execute(sessions.select().where(sessions.c.id == session_id)).one_or_none()
+    return _read(row) if row is not None else None
+
+
+def unfinished(connection: sa.Connection) -> list[SessionRow]:
+    query = sessions.select().where(sessions.c.finished_at.is_(None))
+    return [_read(row) for row in connection.execute(query)]
+
+
+def of_org(connection: sa.Connection, org_id: str, limit: int, offset: int) -> list[SessionRow]:
+    query = sessions.select().where(sessions.c.org_id == org_id).order_by(sessions.c.created_at.desc())
+    return [_read(row) for row in connection.execute(query.limit(limit).offset(offset))]
+
+
+def members(connection: sa.Connection, session_id: str) -> tuple[list[str], list[str]]:
+    """The ids of a session's runs and of its sampling sessions."""
+    of_runs = (
+        sa.select(runs.c.id)
+        .where(runs.c.session_id == session_id, runs.c.state != "failed")
+        .order_by(runs.c.model_seq_id)
+    )
+    of_samplers = (
+        sa.select(sampling_sessions.c.id)
+        .where(sampling_sessions.c.session_id == session_id)
+        .order_by(sampling_sessions.c.created_at)
+    )
+    return list(connection.scalars(of_runs)), list(connection.scalars(of_samplers))
+
+
+def finish(connection: sa.Connection, session_id: str, reason: str, detail: str | None, now: float) -> None:
+    """Mark a session as finished. The first one to say so wins."""
+    connection.execute(
+        sessions.update()
+        .where(sessions.c.id == session_id, sessions.c.finished_at.is_(None))
+        .values(finished_at=now, finish_reason=reason, finish_detail=detail)
+    )
+
+
+def _read(row: sa.Row[tuple[object, ...]]) -> SessionRow:
+    values = dict(row._mapping)
+    values["tags"] = json.loads(values["tags"])
+    values["user_metadata"] = json.loads(values["user_metadata"]) if values["user_metadata"] else None
+    return SessionRow(**values)

@@ -1,0 +1,163 @@
+"""The tables, as they are now. migrations/ tells how they came to be so.
+
+Times are seconds since 1970. Whatever belongs to somebody carries the organization that owns it, so
+that a lookup with another organization's key finds nothing.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+# SQLite counts rows by itself in a column of exactly this type alone; it is 64 bits wide there too.
+RowId = BigInteger().with_variant(Integer, "sqlite")
+
+organizations = Table(
+    "organizations",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(256), nullable=False, unique=True),
+    Column("created_at", Float, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("name", String(256), nullable=False),
+    Column("prefix", String(32), nullable=False),
+    Column("hash", String(64), nullable=False, unique=True),
+    Column("admin", Boolean, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("last_used_at", Float),
+    Column("revoked_at", Float),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("key_id", ForeignKey("api_keys.id"), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("finished_at", Float),
+    Column("finish_reason", String(32)),
+    Column("finish_detail", Text),
+    Column("tags", Text, nullable=False),
+    Column("user_metadata", Text),
+    Column("sdk_version", String(1024), nullable=False),
+    Column("project_id", String(1024)),
+    Column("display_name", String(1024)),
+    Index(None, "org_id", "created_at"),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", String(128), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("session_id", ForeignKey("sessions.id"), nullable=False),
+    Column("model_seq_id", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("last_request_at", Float, nullable=False),
+    # fresh: not created yet; live: created; failed: could not be created.
+    Column("state", String(16), nullable=False),
+    Column("base_model", String(1024), nullable=False),
+    Column("lora", Text, nullable=False),
+    Column("user_metadata", Text),
+    # What the weights were made with; another base under the same name must not take them.
+    Column("fingerprint", String(256), nullable=False),
+    Column("dtype", String(16), nullable=False),
+    Column("versions", Text, nullable=False),
+    # Where the whole state lies while no engine holds the run, and the last command that is in it.
+    Column("snapshot", String(256)),
+    Column("snapshot_seq", BigInteger),
+    UniqueConstraint("session_id", "model_seq_id"),
+    Index(None, "org_id", "created_at"),
+)
+
+commands = Table(
+    "commands",
+    metadata,
+    Column("pk", RowId, primary_key=True),
+    Column("run_id", ForeignKey("runs.id"), nullable=False),
+    Column("seq_id", BigInteger, nullable=False),
+    Column("request_id", String(256), nullable=False, unique=True),
+    Column("kind", String(32), nullable=False),
+    # Small bodies and results are here, big ones in the blob store under the key.
+    Column("body", LargeBinary),
+    Column("body_key", String(256)),
+    Column("encoding", String(16), nullable=False),
+    Column("arrived_at", Float, nullable=False),
+    Column("status", String(16), nullable=False),  # queued, done, failed
+    Column("result", LargeBinary),
+    Column("result_key", String(256)),
+    Column("result_type", String(16)),  # json, protobuf; none once the result was swept
+    Column("usage", Text),
+    Column("error", Text),
+    Column("category", String(16)),
+    Column("finished_at", Float),
+    Column("fetched_at", Float),
+    UniqueConstraint("run_id", "seq_id"),
+    Index(None, "status"),
+    Index(None, "fetched_at"),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("run_id", ForeignKey("runs.id"), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("name", String(256), nullable=False),
+    Column("seq_id", BigInteger, nullable=False),
+    Column("folder", String(256), nullable=False),
+    Column("size_bytes", BigInteger),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("user_metadata", Text),
+    UniqueConstraint("run_id", "kind", "name"),
+    Index(None, "org_id", "created_at"),
+    Index(None, "expires_at"),
+)
+
+sampling_sessions = Table(
+    "sampling_sessions",
+    metadata,
+    Column("id", String(128), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("session_id", ForeignKey("sessions.id"), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("base_model", String(1024), nullable=False),
+    Column("model_path", Text),
+    # What the engine knows the weights by; none for the base model itself.
+    Column("sampler", String(256)),
+    Column("folder", String(256)),
+    Column("ephemeral", Boolean, nullable=False),
+    Column("clones", BigInteger, nullable=False),
+    Index(None, "session_id"),
+)

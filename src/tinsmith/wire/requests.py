@@ -1,0 +1,386 @@
+"""The JSON requests of Tinker's API, as plain values.
+
+Each class reads itself from an object's fields, ignores what it does not know and refuses what it
+cannot do by name. What a training request is *about* (its parameters) is read apart from *whose*
+it is (`Target`), because a request whose content is refused still takes its turn in its run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .errors import WireError
+from .fields import Fields
+from .paths import check_name
+
+HOUR = 3600
+TEN_YEARS = 10 * 365 * 24 * HOUR
+MOST_SAMPLES = 4096
+_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Which run a training request belongs to, and its place there."""
+
+    model_id: str
+    seq_id: int
+
+    @classmethod
+    def read(cls, fields: Fields) -> Target:
+        return cls(fields.text("model_id"), fields.integer("seq_id", least=1))
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSession:
+    tags: tuple[str, ...]
+    user_metadata: dict[str, object] | None
+    sdk_version: str
+    project_id: str | None
+    display_name: str | None
+
+    @classmethod
+    def read(cls, fields: Fields) -> CreateSession:
+        tags = fields.array("tags") if fields.has("tags") else []
+        return cls(
+            tags=tuple(str(tag) for tag in tags),
+            user_metadata=fields.metadata("user_metadata"),
+            sdk_version=fields.optional_text("sdk_version") or "",
+            project_id=fields.optional_text("project_id"),
+            display_name=fields.optional_text("display_name"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FinishSession:
+    reason: Literal["success", "errored", "interrupted"]
+    detail: str | None
+
+    @classmethod
+    def read(cls, fields: Fields) -> FinishSession:
+        reason = fields.optional_child("reason")
+        kind = reason.raw("type") if reason is not None else "success"
+        detail = fields.raw("detail")
+        return cls(
+            reason="errored" if kind == "errored" else "interrupted" if kind == "interrupted" else "success",
+            detail=detail[:4096] if isinstance(detail, str) else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CreateModel:
+    """Whose run is created, on which base. What kind of adapter it gets is read by `LoraConfig`."""
+
+    session_id: str
+    model_seq_id: int
+    base_model: str
+    user_metadata: dict[str, object] | None
+
+    @classmethod
+    def read(cls, fields: Fields) -> CreateModel:
+        return cls(
+            session_id=fields.text("session_id"),
+            model_seq_id=fields.integer("model_seq_id", least=0),
+            base_model=fields.text("base_model"),
+            user_metadata=fields.metadata("user_metadata"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    rank: int
+    seed: int | None
+    train_attn: bool
+    train_mlp: bool
+    train_unembed: bool
+
+    @classmethod
+    def read(cls, fields: Fields, max_rank: int) -> LoraConfig:
+        """From a create_model request, of which it is a part."""
+        check_optimizer_config(fields)
+        lora = fields.optional_child("lora_config")
+        if lora is None:
+            raise fields.error(
+                "lora_config", "is missing; only LoRA training is offered, so give one with a rank"
+            )
+        config = cls(
+            rank=lora.integer("rank", least=1, most=max_rank),
+            seed=lora.optional_integer("seed"),
+            train_attn=lora.flag("train_attn", True),
+            train_mlp=lora.flag("train_mlp", True),
+            train_unembed=lora.flag("train_unembed", True),
+        )
+        if not (config.train_attn or config.train_mlp or config.train_unembed):
+            raise fields.error(
+                "lora_config", "train_attn, train_mlp and train_unembed are all false; set at least one"
+            )
+        return config
+
+
+def check_optimizer_config(fields: Fields) -> None:
+    """Only AdamW is offered; another optimizer must not be replaced by it unasked."""
+    optimizer = fields.optional_child("optimizer_config")
+    kind = optimizer.raw("type") if optimizer is not None else "adamw"
+    if kind not in ("adamw", None):
+        raise fields.error("optimizer_config.type", f"{kind!r} is not offered by this server; use 'adamw'")
+
+
+@dataclass(frozen=True, slots=True)
+class OptimStep:
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    grad_clip_norm: float
+
+    @classmethod
+    def read(cls, fields: Fields) -> OptimStep:
+        for other in ("optimizer_params", "optim_params"):
+            if fields.has(other) and not fields.has("adam_params"):
+                params = fields.child(other)
+                kind = params.raw("type")
+                if kind not in (None, "adam", "adamw"):
+                    raise fields.error(
+                        f"{other}.type", f"{kind!r} is not offered by this server; use AdamParams"
+                    )
+                break
+        else:
+            params = fields.child("adam_params")
+        return cls(
+            learning_rate=params.number("learning_rate", 1e-4, least=0.0),
+            beta1=params.number("beta1", 0.9, least=0.0, below=1.0),
+            beta2=params.number("beta2", 0.95, least=0.0, below=1.0),
+            eps=params.number("eps", 1e-12, least=0.0),
+            weight_decay=params.number("weight_decay", 0.0, least=0.0),
+            grad_clip_norm=params.number("grad_clip_norm", 0.0, least=0.0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SaveWeights:
+    """A state or a sampler save. `name` None (samplers alone) asks for an ephemeral one."""
+
+    name: str | None
+    ttl_seconds: int | None
+    overwrite: bool
+    user_metadata: dict[str, str] | None
+    sampling_session_seq_id: int | None = None
+
+    @classmethod
+    def read_state(cls, fields: Fields) -> SaveWeights:
+        if not isinstance(fields.raw("path"), str):
+            raise fields.error("path", "is missing; give the checkpoint a name")
+        return cls._read(fields)
+
+    @classmethod
+    def read_sampler(cls, fields: Fields) -> SaveWeights:
+        if fields.raw("kind") not in (None, "snapshot"):
+            raise fields.error(
+                "kind", f"{fields.raw('kind')!r} is not offered by this server; use 'snapshot'"
+            )
+        return cls._read(fields)
+
+    @classmethod
+    def _read(cls, fields: Fields) -> SaveWeights:
+        path = fields.raw("path")
+        if path is not None and not isinstance(path, str):
+            raise fields.error("path", "must be a text: the checkpoint's name")
+        ttl = fields.optional_integer("ttl_seconds", least=HOUR, most=TEN_YEARS)
+        return cls(
+            name=check_name(path) if path is not None else None,
+            ttl_seconds=ttl,
+            overwrite=fields.flag("overwrite", False),
+            user_metadata=fields.text_metadata("user_metadata"),
+            sampling_session_seq_id=fields.optional_integer("sampling_session_seq_id", least=0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadWeights:
+    """What to load. `weights_access_token` may be another account's key."""
+
+    path: str
+    optimizer: bool
+    weights_access_token: str | None
+
+    @classmethod
+    def read(cls, fields: Fields) -> LoadWeights:
+        check_optimizer_config(fields)
+        return cls(
+            path=fields.text("path", longest=2048),
+            optimizer=fields.flag("optimizer", False),
+            weights_access_token=fields.optional_text("weights_access_token"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CreateByLoad:
+    """A load_weights that creates its run: whose it is, and on which base."""
+
+    session_id: str
+    model_seq_id: int
+    base_model: str | None
+    user_metadata: dict[str, object] | None
+
+    @classmethod
+    def read(cls, fields: Fields) -> CreateByLoad:
+        return cls(
+            session_id=fields.text("session_id"),
+            model_seq_id=fields.integer("model_seq_id", least=0),
+            base_model=fields.optional_text("base_model"),
+            user_metadata=fields.metadata("user_metadata"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSamplingSession:
+    session_id: str
+    sampling_session_seq_id: int
+    base_model: str | None
+    model_path: str | None
+
+    @classmethod
+    def read(cls, fields: Fields) -> CreateSamplingSession:
+        request = cls(
+            session_id=fields.text("session_id"),
+            sampling_session_seq_id=fields.integer("sampling_session_seq_id", least=0),
+            base_model=fields.optional_text("base_model"),
+            model_path=fields.optional_text("model_path", longest=2048),
+        )
+        if request.base_model is None and request.model_path is None:
+            raise fields.error("base_model", "is missing, and so is model_path; give one of the two")
+        return request
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A sampling request: where (a session, or a base model or path), the prompt, and how."""
+
+    sampling_session_id: str | None
+    seq_id: int | None
+    base_model: str | None
+    model_path: str | None
+    prompt: bytes  # int32 token ids
+    prompt_length: int
+    num_samples: int
+    max_tokens: int | None
+    seed: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    stop: tuple[int, ...] | tuple[str, ...] | None
+    prompt_logprobs: bool
+    topk_prompt_logprobs: int
+    topk_sample_logprobs: int
+
+    @classmethod
+    def read(cls, fields: Fields) -> Sample:
+        _refuse_what_is_not_offered(fields)
+        params = fields.optional_child("sampling_params") or Fields({}, "sampling_params")
+        prompt = _read_prompt(fields.child("prompt"))
+        session = fields.optional_text("sampling_session_id")
+        top_k = params.optional_integer("top_k", least=-1, most=_INT32)
+        return cls(
+            sampling_session_id=session,
+            seq_id=fields.integer("seq_id", least=0) if session is not None else None,
+            base_model=fields.optional_text("base_model"),
+            model_path=fields.optional_text("model_path", longest=2048),
+            prompt=prompt.tobytes(),
+            prompt_length=len(prompt),
+            num_samples=fields.optional_integer("num_samples", least=1, most=MOST_SAMPLES) or 1,
+            max_tokens=params.optional_integer("max_tokens", least=1, most=_INT32),
+            seed=params.optional_integer("seed", most=2**64 - 1),
+            temperature=params.number("temperature", 1.0, least=0.0),
+            top_k=-1 if top_k is None else top_k,
+            top_p=_read_top_p(params),
+            stop=_read_stop(params),
+            prompt_logprobs=fields.flag("prompt_logprobs", False),
+            topk_prompt_logprobs=fields.optional_integer("topk_prompt_logprobs", least=0, most=_INT32) or 0,
+            topk_sample_logprobs=fields.optional_integer("topk_sample_logprobs", least=0, most=_INT32) or 0,
+        )
+
+
+def _refuse_what_is_not_offered(fields: Fields) -> None:
+    for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "prompt_logprobs_last_n"):
+        if fields.raw(name):
+            raise fields.error(name, "is not offered by this server; leave it out")
+    if fields.raw("record_stability_info"):
+        raise fields.error(
+            "record_stability_info", "is not offered by this server; create the sampling client without it"
+        )
+
+
+def _read_prompt(prompt: Fields) -> np.ndarray:
+    parts: list[np.ndarray] = []
+    for index, item in enumerate(prompt.array("chunks")):
+        chunk = Fields(item, f"prompt.chunks[{index}]")
+        kind = chunk.raw("type") or "encoded_text"
+        if kind != "encoded_text":
+            raise chunk.error("type", f"{kind!r} is not offered: this server's models read text alone")
+        tokens = chunk.array("tokens")
+        try:
+            part = np.asarray(tokens if tokens else [], dtype=np.int64 if not tokens else None)
+        except (ValueError, OverflowError):
+            part = np.zeros((0, 0))
+        if part.ndim != 1 or part.dtype.kind != "i" or (part.size and not _are_token_ids(part)):
+            raise chunk.error("tokens", f"must be token ids: integers from 0 to {_INT32}")
+        parts.append(part.astype(np.int32))
+    whole = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    if not whole.size:
+        raise WireError("prompt", "has no tokens; it must have at least one")
+    return whole
+
+
+def _are_token_ids(part: np.ndarray) -> bool:
+    return bool(part.min() >= 0 and part.max() <= _INT32)
+
+
+def _read_top_p(params: Fields) -> float:
+    top_p = params.number("top_p", 1.0, most=1.0)
+    if top_p <= 0.0 or math.isnan(top_p):
+        raise params.error("top_p", f"must be greater than 0 and at most 1, not {top_p:g}")
+    return top_p
+
+
+def _read_stop(params: Fields) -> tuple[int, ...] | tuple[str, ...] | None:
+    stop = params.raw("stop")
+    if stop is None:
+        return None
+    if isinstance(stop, str):
+        stop = [stop]
+    if isinstance(stop, list):
+        if all(isinstance(item, str) and item for item in stop):
+            return tuple(stop)
+        if all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= _INT32 for item in stop):
+            return tuple(stop)
+    raise params.error("stop", "must be a text, a list of texts, or a list of token ids (none of them empty)")
+
+
+@dataclass(frozen=True, slots=True)
+class RetrieveFutures:
+    """Which of a sampling client's requests have ended since `cursor`."""
+
+    sampling_session_id: str
+    clone: int
+    cursor: int
+    timeout: float | None
+    retrieved: tuple[str, ...]
+
+    @classmethod
+    def read(cls, fields: Fields) -> RetrieveFutures:
+        target = fields.child("target")
+        if target.raw("type") not in (None, "sampling_session"):
+            raise target.error("type", "must be 'sampling_session'")
+        retrieved = fields.array("retrieved_request_ids") if fields.has("retrieved_request_ids") else []
+        return cls(
+            sampling_session_id=target.text("sampling_session_id"),
+            clone=target.optional_integer("cloned_sampler_id", least=0) or 0,
+            cursor=fields.optional_integer("prev_cursor", least=0) or 0,
+            timeout=fields.number("timeout", 0.0, least=0.0) if fields.has("timeout") else None,
+            retrieved=tuple(str(item) for item in retrieved),
+        )

@@ -1,0 +1,66 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Server
+from tinsmith.cli import main
+
+
+def test_keys_are_made_listed_and_revoked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", str(tmp_path)]
+    assert main(["keys", "create", "ann", *data]) == 0
+    key = capsys.readouterr().out.strip()
+    assert re.fullmatch(r"tml-[\w-]{43}", key)
+    assert main(["keys", "create", "bob", "--admin", *data]) == 0
+    capsys.readouterr()
+    main(["keys", "list", *data])
+    listing = capsys.readouterr().out
+    assert "ann" in listing
+    assert key not in listing
+    assert main(["keys", "revoke", key, *data]) == 0
+    assert main(["keys", "revoke", "ann", *data]) == 1
+    capsys.readouterr()
+    main(["keys", "list", *data])
+    assert re.search(r"ann .*revoked", capsys.readouterr().out)
+
+
+def test_a_key_is_not_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["keys", "create", "ann", "--data", str(tmp_path)])
+    key = capsys.readouterr().out.strip().encode()
+    assert not any(key in file.read_bytes() for file in tmp_path.iterdir())
+
+
+def test_a_wrong_setting_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "x"]) == 2
+    assert capsys.readouterr().err == "tinsmith: port: must be a number, not 'x'\n"
+
+
+def test_a_models_folder_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "path", "a/b", "--model", f"a/b={tmp_path}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}\n"
+
+
+def test_the_first_start_prints_a_key_once_and_where_things_are(tiny_model: Path, tmp_path: Path) -> None:
+    server = Server(tiny_model, tmp_path / "data")
+    server.environment["TINSMITH_BOOTSTRAP_API_KEY"] = ""
+    server.start()
+    try:
+        (key,) = re.findall(r"API key +(tml-\S+)", server.log())
+        for part in (server.url, "tests/tiny", "device    cpu", str(tmp_path / "data")):
+            assert part in server.log()
+        assert server.raw(key).get("status").status_code == 200
+    finally:
+        server.end()
+
+
+def test_a_model_that_is_none_ends_the_server_with_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    server = Server(tmp_path / "empty", tmp_path / "data").start(wait=False)
+    assert server.process is not None
+    assert server.process.wait(60) == 1
+    assert "the engine did not start" in server.log()

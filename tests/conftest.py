@@ -1,0 +1,45 @@
+"""Servers for tests: one that all share, and fresh ones for those who break theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Raw, Server
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-shaped model of two layers with a byte-level tokenizer."""
+    from tests.engine.tiny import make_model
+
+    return make_model("qwen3", tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that nobody may harm."""
+    server = Server(tiny_model, tmp_path_factory.mktemp("server") / "data", "--poll-hold", "20")
+    yield server.start()
+    server.end()
+
+
+@pytest.fixture
+def make_server(tiny_model: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Servers of one test's own, on a data folder of its own; not started yet."""
+    made: list[Server] = []
+
+    def make(*flags: str) -> Server:
+        made.append(Server(tiny_model, tmp_path / "data", *flags))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
+
+
+@pytest.fixture
+def raw(server: Server) -> Raw:
+    return server.raw()
