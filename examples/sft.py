@@ -17,7 +17,10 @@ from typing import Any
 import tinker
 from tinker import types
 
-TRAIN = "apple bread chair dog egg fish green house ice juice king lamp moon night paper queen river".split()
+TRAIN = (
+    "apple bread chair dog egg fish green house ice juice king lamp moon night paper queen river stone tree "
+    "snow tea vase wind book cloud desk farm glass hat map pen road salt wall wolf horse duck tiger sun star"
+).split()
 HELD_OUT = "bird cat door earth fire gold hill ink jar key leaf milk nest".split()
 END = "<|im_end|>"
 
@@ -61,7 +64,7 @@ def main() -> None:
     parser.add_argument("--model", default="tinsmith/tin-5m")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--held-out", type=int, default=64, help="lists that accuracy is measured on")
     parser.add_argument("--log", type=Path, help="a JSONL file of what happens at each step")
     args = parser.parse_args()

@@ -59,9 +59,7 @@ class Settings:
     log_level: str = field(
         default="info", metadata=_about("how much to log", choices=("debug", "info", "warning", "error"))
     )
-    root_path: str = field(
-        default="", metadata=_about("path prefix that a proxy in front of the server strips")
-    )
+    root_path: str = field(default="", metadata=_about("path below which a proxy shows the server"))
     body_limit: int = field(
         default=256 * 2**20,
         metadata=_about("largest request body, after decompression (256MB)", bytes=True, least=1024),

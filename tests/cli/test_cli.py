@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.harness import Server
@@ -46,7 +47,7 @@ def test_a_models_folder_is_printed(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_first_start_prints_a_key_once_and_where_things_are(tiny_model: Path, tmp_path: Path) -> None:
-    server = Server(tiny_model, tmp_path / "data")
+    server = Server(tiny_model, tmp_path / "data", "--root-path", "/below")
     server.environment["TINSMITH_BOOTSTRAP_API_KEY"] = ""
     server.start()
     try:
@@ -54,6 +55,8 @@ def test_the_first_start_prints_a_key_once_and_where_things_are(tiny_model: Path
         for part in (server.url, "tests/tiny", "device    cpu", str(tmp_path / "data")):
             assert part in server.log()
         assert server.raw(key).get("status").status_code == 200
+        for prefix in ("", "/below"):
+            assert httpx.get(f"{server.url}{prefix}/api/v1/healthz").status_code == 200
     finally:
         server.end()
 

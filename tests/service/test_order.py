@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Raw, Server, training_body
+from tests.harness import Raw, Server, training_body, wait_for
 
 GAP = 1.0
 
@@ -169,5 +169,6 @@ def test_large_bodies_and_results_live_in_the_blob_store(make_server: Callable[.
     assert len(result["protobuf"]) > 64 * 1024
     blobs = server.data / "blobs"
     assert [path.read_bytes() for path in (blobs / "bodies").iterdir()] == [body]
+    wait_for(lambda: list(blobs.glob("results/*")), what="the result to be written")
     assert [path.read_bytes() for path in (blobs / "results").iterdir()] == [result["protobuf"]]
     assert raw.result(request_id) == result

@@ -95,6 +95,17 @@ def test_a_finished_session_takes_no_more_and_frees_its_memory(server: Server) -
     assert raw.post("create_sampling_session", sampling).status_code == 410
 
 
+def test_a_finished_session_takes_its_snapshots_along(brisk: Server) -> None:
+    raw = brisk.raw()
+    session = raw.session()
+    raw.result(raw.optim(raw.run(session), 1))
+    wait_for(lambda: "live" not in _status(raw)["runs"], what="the run to be put away")  # type: ignore[operator]
+    folder = brisk.data / "blobs" / "snapshots"
+    before = len(list(folder.iterdir()))
+    raw.ok(f"sessions/{session}/finish", {})
+    wait_for(lambda: len(list(folder.iterdir())) < before, what="the snapshot to go")
+
+
 def test_a_cancelled_sample_fails_and_stops(server: Server) -> None:
     raw = server.raw()
     sampling = {"session_id": raw.session(), "sampling_session_seq_id": 0, "base_model": "tests/tiny"}

@@ -6,7 +6,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from tinsmith.service.errors import Unauthorized
 from tinsmith.service.service import Service
@@ -69,10 +69,12 @@ async def _http_error(_request: Request, error: Exception) -> Response:
     return error_response(error.detail, error.status_code)
 
 
-def make_app(service: Service) -> Starlette:
-    """The ASGI application of one service, which the caller starts and stops."""
+def make_app(service: Service, root_path: str = "") -> Starlette:
+    """The ASGI application of one service, which the caller starts and stops. With a `root_path` it
+    answers below that too, so that it does not matter whether the proxy in front strips it."""
+    below = [Mount(root_path, routes=_ROUTES)] if root_path.strip("/") else []
     app = Starlette(
-        routes=_ROUTES,
+        routes=[*_ROUTES, *below],
         exception_handlers={404: _not_found, 405: _not_found, HTTPException: _http_error},
     )
     app.state.service = service

@@ -79,10 +79,9 @@ async def _serve(settings: Settings, store: Store, make_engine: MakeEngine, new_
     service = Service(settings, store, LocalBlobs(settings.data / "blobs"), engine)
     server = _Server(
         uvicorn.Config(
-            make_app(service),
+            make_app(service, settings.root_path.rstrip("/")),
             host=settings.host,
             port=settings.port,
-            root_path=settings.root_path,
             http="httptools",
             ws="none",
             lifespan="off",

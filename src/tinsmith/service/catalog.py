@@ -7,9 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-import sqlalchemy as sa
-
-from tinsmith.store import checkpoints, runs
+from tinsmith.store import Connection, checkpoints, runs
 from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.runs import RunRow
 from tinsmith.wire.paths import TinkerPath
@@ -53,7 +51,7 @@ class Catalog:
         now = time.time()
         lost = [await self._runs.is_lost(row) for row in rows]
 
-        def look(connection: sa.Connection) -> list[RunView]:
+        def look(connection: Connection) -> list[RunView]:
             return [
                 RunView(
                     row,

@@ -9,9 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 
-import sqlalchemy as sa
-
-from tinsmith.store import commands
+from tinsmith.store import Connection, commands
 from tinsmith.store.commands import CommandRow, ResultType
 
 from .context import Context
@@ -46,7 +44,7 @@ class Recorder:
         request: PendingRequest,
         outcome: Outcome,
         usage: Mapping[str, int],
-        extra: Callable[[sa.Connection], object] | None,
+        extra: Callable[[Connection], object] | None,
     ) -> object:
         """Log an outcome. One that comes with something that must last (`extra`, in the same
         transaction, whose answer comes back) is told to nobody before that is on the disk; any other
@@ -66,7 +64,7 @@ class Recorder:
         request: PendingRequest,
         outcome: Outcome,
         usage: Mapping[str, int],
-        extra: Callable[[sa.Connection], object] | None,
+        extra: Callable[[Connection], object] | None,
     ) -> object:
         result: bytes | None = None
         result_key: str | None = None
@@ -84,7 +82,7 @@ class Recorder:
         elif isinstance(outcome, Failure):
             error, category = outcome.message, outcome.category
 
-        def write(connection: sa.Connection) -> object:
+        def write(connection: Connection) -> object:
             answer = extra(connection) if extra is not None else None
             commands.finish(
                 connection,

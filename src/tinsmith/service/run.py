@@ -20,31 +20,18 @@ import contextlib
 import json
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import sqlalchemy as sa
-
-from tinsmith.engine.commands import (
-    Category,
-    CreateAdapter,
-    Done,
-    EngineLost,
-    Failed,
-    LoadState,
-    LoraSpec,
-    ReleaseRun,
-    Reply,
-    SaveState,
-)
-from tinsmith.store import checkpoints, runs
+from tinsmith.engine.commands import Category, Done, EngineLost, Failed, Reply
+from tinsmith.store import Connection, checkpoints, runs
 from tinsmith.store.runs import RunRow
 
+from . import shelf
 from .context import Context
 from .errors import Refusal
-from .futures import Failure, Outcome, Pending, PendingRequest, Result
+from .futures import Failure, Pending, PendingRequest, Result
 from .recorder import Recorder
 from .steps import CREATES, Saves, Step, StepMaker
 
@@ -161,10 +148,7 @@ class Run:
             if not entry.refused:
                 self._context.spawn(self._fail(entry, message))
         if self.phase == "away":
-            snapshot, seq = self._snapshot, self.next_seq - 1
-            self._context.store.write_soon(
-                lambda connection: runs.set_snapshot(connection, self.row.id, snapshot, seq)
-            )
+            self._context.spawn(shelf.note(self._context, self.row, self._snapshot, self.next_seq - 1))
 
     def pending(self) -> Pending:
         """Why a request of this run is not done yet."""
@@ -233,7 +217,7 @@ class Run:
 
     async def _done(self, entry: Entry, step: Step, done: Done) -> None:
         outcome = Result(step.answer(done))
-        extra: Callable[[sa.Connection], object] | None = None
+        extra: Callable[[Connection], object] | None = None
         if (commit := step.commit) is not None:
             extra = lambda connection: commit(connection, done)  # noqa: E731
         committed = await self._recorder.record(entry.request, outcome, done.usage, extra)
@@ -246,12 +230,12 @@ class Run:
     ) -> None:
         if step is not None and step.undo is not None:
             step.undo()
-        extra: Callable[[sa.Connection], object] | None = None
+        extra: Callable[[Connection], object] | None = None
         if entry.kind in CREATES:
             self.phase, self._why_failed = "failed", failure.message
             extra = lambda connection: runs.set_state(connection, self.row.id, "failed")  # noqa: E731
             if handed and step is not None and len(step.commands) > 1:
-                self._context.spawn(self._release())
+                self._context.spawn(shelf.release(self._context, self.row))
         self._window.release()
         await self._recorder.record(entry.request, failure, {}, extra)
 
@@ -317,87 +301,38 @@ class Run:
     async def put_away(self) -> None:
         """Put the run's state into a snapshot and free the engine's memory. Nothing is lost."""
         async with self._moving:
-            if self.phase != "live" or self._context.engine.ready is False:
+            if self.phase != "live" or not self._context.engine.ready:
                 return
             await self._landed.wait()
             if self.phase != "live":
                 return
-            key = f"snapshots/{uuid.uuid4().hex}"
-            seq = self.next_seq - 1
-            path = self._context.blobs.path(key)
             with contextlib.suppress(EngineLost):
-                reply = await self._context.engine.submit(
-                    SaveState(self.row.id, seq, str(path), gradients=True)
-                )
-                if isinstance(reply, Failed):
-                    log.error("run %s stays in memory: %s", self.row.id, reply.message)
-                    return
-                await self._context.store.write(
-                    lambda connection: runs.set_snapshot(connection, self.row.id, key, seq)
-                )
-                self.phase, self._snapshot = "away", key
-                await self._release()  # before the run can be created anew
-                log.info("run %s put away after seq_id %d", self.row.id, seq)
+                key = await shelf.put_away(self._context, self.row, self.next_seq - 1)
+                if key is not None:
+                    self.phase, self._snapshot = "away", key
 
     async def _bring_back(self) -> None:
         """Load the snapshot. It is given up in the moment before the first command that outdates it."""
-        assert self._snapshot is not None
-        self._check_base()
         key = self._snapshot
-        path = str(self._context.blobs.path(key))
-        engine = self._context.engine
-        lora = LoraSpec(**self.row.lora)  # type: ignore[arg-type]
-        for attempt in range(3):
+        assert key is not None
+        before = self.next_seq - 2  # the place before the command that is being handed over
+        for attempt in range(_ATTEMPTS):
             deaths = self._deaths
             try:
-                replies = [
-                    engine.submit(CreateAdapter(self.row.id, self.row.base_model, lora)),
-                    engine.submit(
-                        LoadState(self.row.id, self.next_seq - 2, path, optimizer=True, gradients=True)
-                    ),
-                ]
-                for reply in replies:
-                    if isinstance(answer := await reply, Failed):
-                        await self._release()
-                        raise Refusal(f"this training run could not be brought back: {answer.message}")
+                await shelf.bring_back(self._context, self.row, key, before)
             except EngineLost:
-                if attempt == 2:
+                if attempt + 1 == _ATTEMPTS:
                     raise
                 continue
-            await self._context.store.write(
-                lambda connection: runs.set_snapshot(connection, self.row.id, None, None)
-            )
+            await shelf.note(self._context, self.row, None, None)
             if deaths == self._deaths:
                 break
             # The engine died in this very moment: the snapshot is what there is.
-            await self._context.store.write(
-                lambda connection: runs.set_snapshot(connection, self.row.id, key, self.next_seq - 2)
-            )
+            await shelf.note(self._context, self.row, key, before)
         else:
             raise EngineLost(_ENGINE_STOPPED)
         self.phase, self._snapshot = "live", None
         self._context.spawn(asyncio.to_thread(self._context.blobs.delete, key))
-        log.info("run %s brought back", self.row.id)
-
-    def _check_base(self) -> None:
-        """A run goes on with the base model that it began with, or not at all."""
-        model = self._context.engine.info.models.get(self.row.base_model)
-        if model is None:
-            raise Refusal(
-                f"the base model of this training run, {self.row.base_model}, is not served any more;"
-                " start the server with it"
-            )
-        if model.fingerprint != self.row.fingerprint or model.dtype != self.row.dtype:
-            raise Refusal(
-                f"what is served as {self.row.base_model} ({model.fingerprint[:12]}, {model.dtype}) is not"
-                f" the base model that this training run began with ({self.row.fingerprint[:12]},"
-                f" {self.row.dtype}); start the server with that one"
-            )
-
-    async def _release(self) -> None:
-        """Free what the engine holds of this run."""
-        with contextlib.suppress(EngineLost):
-            await self._context.engine.submit(ReleaseRun(self.row.id))
 
     async def close(self) -> None:
         """The session has finished: what has arrived is carried out, then the memory is freed."""
@@ -407,7 +342,7 @@ class Run:
             await asyncio.wait({self._pump})
         await self._landed.wait()
         if self.phase == "live":
-            await self._release()
+            await shelf.release(self._context, self.row)
         if self.phase in ("live", "away", "fresh"):
             self.phase = "closed"
         behind, self._waiting = self._waiting, {}
@@ -433,6 +368,7 @@ class Run:
         await self._landed.wait()
 
 
+_ATTEMPTS = 3  # at bringing a run back, where the engine dies meanwhile
 _ENGINE_STOPPED = "the engine stopped again and again while this training run was brought back; try again"
 
 
@@ -448,6 +384,3 @@ def _phase_of(row: RunRow) -> Phase:
 def encode(values: dict[str, object]) -> bytes:
     """A command's own form of its request, as it is logged."""
     return json.dumps(values, separators=(",", ":")).encode()
-
-
-__all__ = ["Entry", "Outcome", "Run", "encode"]

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import sqlalchemy as sa
-
-from tinsmith.store import commands, runs
+from tinsmith.store import Connection, commands, runs
 from tinsmith.store.commands import CommandRow
 from tinsmith.store.runs import RunRow
 from tinsmith.wire.requests import Target
@@ -56,7 +54,7 @@ class Runs:
             row = replace(row, state="failed")
         command = self._command(row.id, 0, kind, body, refusal)
 
-        def write(connection: sa.Connection) -> bool:
+        def write(connection: Connection) -> bool:
             if not runs.add(connection, row):
                 return False
             commands.add(connection, command)
@@ -209,6 +207,9 @@ class Runs:
     async def _session_finished(self, session_id: str) -> None:
         for run in self._of_session(session_id):
             await run.close()
+        # Nothing goes on from here: what was put away is of no use any more.
+        for key in await self._context.store.write(partial(runs.drop_snapshots, session_id=session_id)):
+            await asyncio.to_thread(self._context.blobs.delete, key)
 
     async def _session_silent(self, session_id: str) -> None:
         for run in self._of_session(session_id):

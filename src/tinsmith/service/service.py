@@ -6,12 +6,10 @@ import asyncio
 import logging
 import time
 
-import sqlalchemy as sa
-
 from tinsmith.blobs import LocalBlobs
 from tinsmith.engine.commands import Done, EngineClient, EngineLost, GetStatus
 from tinsmith.settings import Settings
-from tinsmith.store import Store, checkpoints, commands, runs
+from tinsmith.store import Connection, Store, checkpoints, commands, runs
 
 from .catalog import Catalog
 from .context import Context
@@ -150,7 +148,7 @@ class Service:
         blobs = self.context.blobs
         blobs.sweep_unfinished()
 
-        def known(connection: sa.Connection) -> set[str]:
+        def known(connection: Connection) -> set[str]:
             return (
                 commands.blob_keys(connection) | checkpoints.folders(connection) | runs.snapshots(connection)
             )

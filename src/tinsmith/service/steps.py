@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import sqlalchemy as sa
-
 from tinsmith.engine.commands import (
     AdamParams,
     Command,
@@ -28,7 +26,7 @@ from tinsmith.engine.commands import (
     Publish,
     SaveState,
 )
-from tinsmith.store import checkpoints, runs, samplers
+from tinsmith.store import Connection, checkpoints, runs, samplers
 from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.runs import RunRow
 from tinsmith.store.samplers import SamplingSessionRow
@@ -57,7 +55,7 @@ class Step:
 
     commands: tuple[Command, ...]
     answer: Callable[[Done], Payload]
-    commit: Callable[[sa.Connection, Done], object] | None = None
+    commit: Callable[[Connection, Done], object] | None = None
     then: Callable[[object], None] | None = None
     undo: Callable[[], None] | None = None
 
@@ -259,7 +257,7 @@ class Source:
 async def find_checkpoint(context: Context, path: TinkerPath, org_id: str) -> tuple[CheckpointRow, Source]:
     """A checkpoint of `org_id` and what it was made of. Another organization's is not found."""
 
-    def look(connection: sa.Connection) -> tuple[CheckpointRow, Source] | None:
+    def look(connection: Connection) -> tuple[CheckpointRow, Source] | None:
         row = checkpoints.find(connection, path, time.time())
         run = runs.get(connection, row.run_id) if row is not None and row.org_id == org_id else None
         if row is None or run is None:

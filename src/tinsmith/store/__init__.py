@@ -1,5 +1,7 @@
 """What survives in SQL. Every statement of Tinsmith is in this package; the rest calls functions."""
 
+from sqlalchemy import Connection
+
 from .database import Store
 
-__all__ = ["Store"]
+__all__ = ["Connection", "Store"]

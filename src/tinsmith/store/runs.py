@@ -72,6 +72,14 @@ def set_snapshot(connection: sa.Connection, run_id: str, snapshot: str | None, s
     connection.execute(runs.update().where(runs.c.id == run_id).values(snapshot=snapshot, snapshot_seq=seq))
 
 
+def drop_snapshots(connection: sa.Connection, session_id: str) -> list[str]:
+    """Forget the snapshots of a session's runs. Answers their keys."""
+    mine = (runs.c.session_id == session_id) & runs.c.snapshot.is_not(None)
+    keys = [str(key) for key in connection.scalars(sa.select(runs.c.snapshot).where(mine))]
+    connection.execute(runs.update().where(mine).values(snapshot=None, snapshot_seq=None))
+    return keys
+
+
 def snapshots(connection: sa.Connection) -> set[str]:
     query = sa.select(runs.c.snapshot).where(runs.c.snapshot.is_not(None))
     return {str(key) for key in connection.scalars(query)}
