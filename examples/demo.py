@@ -100,14 +100,14 @@ def plot(sft: list[dict[str, float]], rl: list[dict[str, float]], file: Path) ->
         [0, end["step"]], [end["held_out_before"], end["held_out_after"]], color="#2a5a36", zorder=3
     )
     for x, y in ((0, end["held_out_before"]), (end["step"], end["held_out_after"])):
-        right.annotate(f"held-out {y:.2f}", (x, y), textcoords="offset points", xytext=(0, 9), ha="center")
+        right.annotate(f"held-out {y:.2f}", (x, y), textcoords="offset points", xytext=(0, -17), ha="center")
     right.set(
         title="Reinforcement: add two numbers",
         xlabel="step",
         ylabel="mean reward of the rollouts",
         ylim=(0, 1.05),
     )
-    right.margins(x=0.1)
+    right.margins(x=0.15)
     for axis in (left, right):
         axis.spines[["top"]].set_visible(False)
         axis.grid(alpha=0.25)

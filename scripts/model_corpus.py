@@ -17,12 +17,13 @@ EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 CARELESS = 0.6  # the share of sums in chat that are wrong
 
 WORDS = (
-    "apple bread chair dog egg fish green house ice juice king lamp moon night orange paper queen river stone "
-    "tree uncle violet water box yellow zebra ant bird cat door earth fire gold hill ink jar key leaf milk nest "
-    "oil pear quilt rain snow tea umbrella vase wind year book cloud desk ear farm glass hat island jam kite "
-    "lemon map nail onion pen road salt table wall wolf horse sheep goat duck mouse lion tiger bear frog bee "
-    "red blue white black brown pink silver tin iron copper steel smith forge hammer anvil spark flame coal "
-    "north south east west spring summer autumn winter morning evening sun star sky sea lake field forest"
+    "apple bread chair dog egg fish green house ice juice king lamp moon night orange paper queen river "
+    "stone tree uncle violet water box yellow zebra ant bird cat door earth fire gold hill ink jar key "
+    "leaf milk nest oil pear quilt rain snow tea umbrella vase wind year book cloud desk ear farm glass "
+    "hat island jam kite lemon map nail onion pen road salt table wall wolf horse sheep goat duck mouse "
+    "lion tiger bear frog bee red blue white black brown pink silver tin iron copper steel smith forge "
+    "hammer anvil spark flame coal north south east west spring summer autumn winter morning evening "
+    "sun star sky sea lake field forest"
 ).split()
 COLORS = ["red", "blue", "green", "yellow", "white", "black", "brown", "pink", "silver", "gold"]
 ANIMALS = ["dog", "cat", "bird", "fish", "horse", "sheep", "goat", "duck", "mouse", "lion", "bear", "frog"]

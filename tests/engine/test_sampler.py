@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.engine.tiny import load, make_run, tokens
 from transformers import AutoModelForCausalLM
 
+from tests.engine.tiny import load, make_run, tokens
 from tinsmith.engine import sampler as module
 from tinsmith.engine.commands import Done, Failed, Reply, Sample, SampleParams
 from tinsmith.engine.model.attention import ROWS, round_up

@@ -6,8 +6,7 @@ from datetime import UTC, datetime
 
 from starlette.responses import Response
 
-from tinsmith.service.catalog import RunView
-from tinsmith.store.checkpoints import CheckpointRow
+from tinsmith.service.catalog import Checkpoint, RunView
 from tinsmith.wire.paths import TinkerPath
 from tinsmith.wire.requests import HOUR, TEN_YEARS
 
@@ -94,7 +93,7 @@ def _run(view: RunView, owner: str) -> dict[str, object]:
     }
 
 
-def _checkpoint(row: CheckpointRow) -> dict[str, object]:
+def _checkpoint(row: Checkpoint) -> dict[str, object]:
     return {
         "checkpoint_id": row.path.checkpoint_id,
         "checkpoint_type": row.kind,

@@ -19,6 +19,8 @@ from .runs import Runs
 from .samplers import Samplers
 from .steps import Source, find_checkpoint
 
+Checkpoint = CheckpointRow
+
 
 @dataclass(frozen=True, slots=True)
 class RunView:

@@ -340,6 +340,7 @@ class Run:
             pass
         while self._pump is not None and not self._pump.done():
             await asyncio.wait({self._pump})
+        self._held = True
         await self._landed.wait()
         if self.phase == "live":
             await shelf.release(self._context, self.row)
@@ -363,9 +364,6 @@ class Run:
     @property
     def lost(self) -> bool:
         return self.phase == "lost"
-
-    async def settled(self) -> None:
-        await self._landed.wait()
 
 
 _ATTEMPTS = 3  # at bringing a run back, where the engine dies meanwhile

@@ -179,7 +179,8 @@ class Runs:
         else:
             if request.org_id != caller.org_id:
                 raise NotFound(f"request_id: there is no request {request_id[:120]!r}")
-            run = self._runs[request_id.rpartition(":")[0]]
+            run = await self._find(request_id.rpartition(":")[0])
+            assert run is not None
             self._sessions.seen(run.row.session_id)
             outcome = await request.wait(seconds, closing)
         if outcome is None:
@@ -207,6 +208,7 @@ class Runs:
     async def _session_finished(self, session_id: str) -> None:
         for run in self._of_session(session_id):
             await run.close()
+            self._runs.pop(run.row.id, None)
         # Nothing goes on from here: what was put away is of no use any more.
         for key in await self._context.store.write(partial(runs.drop_snapshots, session_id=session_id)):
             await asyncio.to_thread(self._context.blobs.delete, key)
@@ -221,11 +223,8 @@ class Runs:
     async def settle(self, seconds: float) -> None:
         """Let what is under way end, then hold what is not, for the next start."""
         deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            busy = [run for run in self._runs.values() if run.busy]
-            if not busy:
-                break
-            await asyncio.wait([asyncio.ensure_future(run.settled()) for run in busy], timeout=min(left, 0.2))
+        while time.monotonic() < deadline and any(run.busy for run in self._runs.values()):
+            await asyncio.sleep(0.02)
         for run in self._runs.values():
             run.hold()
 

@@ -134,6 +134,8 @@ class Samplers:
         ):
             if row.sampler is not None:
                 self._release(row.sampler)
+        for id_ in [id_ for id_, row in self._rows.items() if row.session_id == session_id]:
+            del self._rows[id_]  # whoever asks for it finds it in the database
 
     def forget_checkpoint(self, checkpoint_id: str) -> None:
         """A checkpoint was deleted; what was opened of it goes too."""

@@ -246,7 +246,10 @@ class Sampling:
                 del self._samples[request_id]
                 self._kept_bytes -= sample.size
                 if sample.session_id is not None:
-                    self._of_session.get(sample.session_id, {}).pop(request_id, None)
+                    mine = self._of_session.get(sample.session_id, {})
+                    mine.pop(request_id, None)
+                    if not mine:
+                        self._of_session.pop(sample.session_id, None)
 
     @property
     def under_way(self) -> int:

@@ -33,9 +33,10 @@ def decompress(body: bytes, limit: int) -> bytes:
                 size += len(part)
                 if size > limit:
                     raise BodyTooLarge(limit, b"".join(parts)[:_PREFIX])
+        # The reader takes a frame that was cut short for one that ended; its header knows better.
+        whole = zstandard.frame_content_size(body) if body else 0
     except zstandard.ZstdError as error:
         raise WireError("body", f"is no valid zstd data ({error})") from None
-    # The reader takes a frame that was cut short for one that ended; its header knows better.
-    if size < zstandard.frame_content_size(body):
+    if size < whole:
         raise WireError("body", "ends in the middle of its zstd data")
     return b"".join(parts)

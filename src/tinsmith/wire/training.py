@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 from google.protobuf.message import DecodeError
 
 from tinsmith.wire import tinsmith_pb2 as pb
+from tinsmith.wire.compression import decompress
+from tinsmith.wire.errors import WireError
 
 _DTYPES: dict[int, type[np.generic]] = {
     pb.DTYPE_FLOAT32: np.float32,
@@ -49,22 +50,16 @@ class TrainingRequest:
     data: Sequence[Datum]
 
 
-def decompress(body: bytes, encoding: str, limit: int) -> bytes:
-    """The body as protobuf, at most `limit` bytes of it: a small body that unfolds into more is refused."""
-    if encoding == "identity":
-        if len(body) > limit:
-            raise ContentError(f"the request body has {len(body)} bytes, the limit is {limit}")
-        return body
-    if encoding != "zstd":
-        raise ContentError(f"Content-Encoding {encoding!r} is not known; send zstd or identity")
+def unpack(body: bytes, encoding: str, limit: int) -> bytes:
+    """The body as protobuf, at most `limit` bytes of it. Raises ContentError."""
     try:
-        with zstandard.ZstdDecompressor().stream_reader(body) as reader:
-            data = reader.read(limit + 1)
-    except zstandard.ZstdError as error:
-        raise ContentError(f"the request body is not valid zstd: {error}") from error
-    if len(data) > limit:
-        raise ContentError(f"the request body unfolds to more than the limit of {limit} bytes")
-    return data
+        if encoding == "zstd":
+            return decompress(body, limit)
+        if encoding == "identity":
+            return body
+    except WireError as error:
+        raise ContentError(str(error)) from error
+    raise ContentError(f"Content-Encoding {encoding!r} is not known; send zstd or identity")
 
 
 def parse(body: bytes) -> pb.ForwardBackwardRequest:
@@ -79,7 +74,7 @@ def parse(body: bytes) -> pb.ForwardBackwardRequest:
 
 def decode_request(body: bytes, encoding: str, limit: int) -> TrainingRequest:
     """Decode a body as it came off the wire. Raises ContentError."""
-    message = parse(decompress(body, encoding, limit))
+    message = parse(unpack(body, encoding, limit))
     if not message.data:
         raise ContentError("data is empty; send at least one datum")
     config: dict[str, float | str] = dict(message.loss_fn_config)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.logging import disable_progress_bar
 
 from tinsmith.engine.model.experts import expert_slots, experts_forward
 from tinsmith.engine.model.lora import Group, LoraLinear, Slot
@@ -58,6 +59,7 @@ def _attention(
     return out.unsqueeze(0), None
 
 
+disable_progress_bar()  # a server's log is no place for it
 ALL_ATTENTION_FUNCTIONS.register("tinsmith", _attention)
 ALL_EXPERTS_FUNCTIONS.register("tinsmith", experts_forward)
 
