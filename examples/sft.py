@@ -2,8 +2,7 @@
 
     TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-... python examples/sft.py
 
-"Rotate the list: red, tea, moon" -> "tea, moon, red". Only the answer's tokens count; the lists that
-accuracy is measured on are made of words that training never shows.
+"Rotate the list: red, tea, moon" -> "tea, moon, red". Held-out lists are of words that training never shows.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def accuracy(sampler: tinker.SamplingClient, tokenizer: Any, problems: list[tupl
         )
         for prompt, _ in problems
     ]
-    outputs = [tokenizer.decode(list(f.result().sequences[0].tokens)).split(END)[0].strip() for f in futures]
+    outputs = [tokenizer.decode(list(f.result().sequences[0].tokens)).split(END)[0] for f in futures]
     return sum(o == answer for o, (_, answer) in zip(outputs, problems, strict=True)) / len(problems)
 
 

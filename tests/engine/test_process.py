@@ -119,7 +119,7 @@ def test_an_engine_that_keeps_dying_is_given_up() -> None:
                 with pytest.raises(EngineLost):
                     await engine.submit(told("die"))
             for _ in range(100):
-                if engine._given_up:
+                if engine.failed:
                     break
                 await asyncio.sleep(0.05)
             with pytest.raises(EngineLost):

@@ -321,6 +321,10 @@ class EngineClient(Protocol):
     @property
     def ready(self) -> bool: ...
 
+    @property
+    def failed(self) -> bool:
+        """Whether the engine kept dying and will not come back."""
+
     async def start(self) -> EngineInfo: ...
 
     def submit(self, command: Command) -> Awaitable[Reply]: ...

@@ -75,6 +75,11 @@ class ProcessEngine:
         return self._ready
 
     @property
+    def failed(self) -> bool:
+        """Whether the engine kept dying and is not started again."""
+        return self._given_up
+
+    @property
     def pid(self) -> int | None:
         """The child's process id while there is one."""
         return self._process.pid if self._process is not None else None
