@@ -79,14 +79,9 @@ def main() -> None:
         def evaluate(step: int) -> dict[str, float]:
             loss = run.forward(held_out, "cross_entropy")
             right = accuracy(run.save_weights_and_get_sampling_client(), tokenizer, problems)
-            row = {
-                "step": step,
-                "held_out_loss": loss.result().metrics["loss:sum"] / count,
-                "held_out_accuracy": right,
-            }
-            print(
-                f"step {step:3d}  held-out loss {row['held_out_loss']:.3f}  accuracy {right:.0%}", flush=True
-            )
+            mean = loss.result().metrics["loss:sum"] / count
+            row = {"step": step, "held_out_loss": mean, "held_out_accuracy": right}
+            print(f"step {step:3d}  held-out loss {mean:.3f}  accuracy {right:.0%}", flush=True)
             return row
 
         log.append(evaluate(0))
