@@ -11,7 +11,7 @@ with tinker.ServiceClient() as service:
     tokens = tokenizer.encode("The quick brown fox jumps over the lazy dog.")
     inputs = {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)}
     datum = types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
-    for step in range(10):
+    for step in range(25):
         loss = run.forward_backward([datum], "cross_entropy")
         update = run.optim_step(types.AdamParams(learning_rate=2e-3))
         print(step, loss.result().metrics["loss:sum"], update.result().metrics)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -300,3 +304,30 @@ def engine_params(engine: Engine, run: str) -> torch.Tensor:
     target = engine.runs[run]
     engine._bring_back(target)
     return target.live.params
+
+
+def test_a_hub_id_loads_from_the_hubs_cache_and_is_the_same_base(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / "abc"
+    shutil.copytree(folder("qwen3"), snapshot)
+    (tmp_path / "models--org--tiny" / "refs").mkdir()
+    (tmp_path / "models--org--tiny" / "refs" / "main").write_text("abc")
+    code = """
+import sys, torch
+from tinsmith.engine.model.base import BaseModel
+cpu = torch.device("cpu")
+print(*[BaseModel("org/tiny", p, cpu, d).fingerprint
+        for p, d in (("org/tiny", torch.float32), (sys.argv[1], torch.bfloat16))])
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder("qwen3"))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    from_hub, from_folder = done.stdout.split()
+    assert from_hub == from_folder

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from tinsmith.engine.model.experts import expert_slots, experts_forward
@@ -89,7 +90,7 @@ class BaseModel:
         self.eos_token_ids = _eos(self.module, self.tokenizer)
         self.parameters = sum(p.numel() for p in self.module.parameters())
         self.nbytes = sum(p.numel() * p.element_size() for p in self.module.parameters())
-        self.fingerprint = _fingerprint(path, self.module.config)
+        self.fingerprint = _fingerprint(_folder(path))
         self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self.attention_layers = self._measure_layers()
 
@@ -208,16 +209,23 @@ def _eos(module: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in found))
 
 
-def _fingerprint(path: str, config: Any) -> str:
+def _folder(path: str) -> Path:
+    """Where the model's files lie: the folder itself, or the snapshot that a hub id was loaded from."""
+    if Path(path).is_dir():
+        return Path(path)
+    config = cached_file(path, "config.json")
+    if config is None:
+        raise ModelError(f"{path} has no config.json")
+    return Path(config).parent
+
+
+def _fingerprint(folder: Path) -> str:
     """Identity of a base: its config, its weight files' names, headers or index, and samples of the data."""
     digest = hashlib.sha256()
-    fields = {
-        k: v
-        for k, v in config.to_dict().items()
-        if not k.startswith("_") and k not in ("transformers_version", "dtype", "torch_dtype")
-    }
-    digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
-    for file in sorted(Path(path).glob("*.safetensors*")) if Path(path).is_dir() else []:
+    config = json.loads((folder / "config.json").read_text())
+    fields = {k: v for k, v in config.items() if k not in ("transformers_version", "dtype", "torch_dtype")}
+    digest.update(json.dumps(fields, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors*")):
         digest.update(file.name.encode())
         if file.suffix == ".json":
             digest.update(file.read_bytes())
