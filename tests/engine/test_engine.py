@@ -213,6 +213,7 @@ class TestCheckpoints:
         (reply,) = tell(engine, SaveState("a", 1, str(tmp_path / "file" / "state")))
         assert isinstance(reply, Failed)
         assert "could not be written" in reply.message
+        assert reply.category == "server"
         ok(engine, SaveState("a", 2, str(tmp_path / "state")))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "state"]
 

@@ -38,6 +38,10 @@ class FolderError(Exception):
     """An adapter folder cannot be written or read; the message says which and why."""
 
 
+class WriteError(FolderError):
+    """A folder could not be written, through no fault of the request: a full disk, say."""
+
+
 def write(
     path: str, model: BaseModel, layout: Layout, state: State, *, optimizer: bool, gradients: bool
 ) -> int:
@@ -78,7 +82,7 @@ def write(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise FolderError(
+        raise WriteError(
             f"the checkpoint could not be written: {reason}. Earlier checkpoints are intact"
         ) from error
     return size

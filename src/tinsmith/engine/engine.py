@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from tinsmith.engine import adapter_files
-from tinsmith.engine.adapter_files import FolderError
+from tinsmith.engine.adapter_files import FolderError, WriteError
 from tinsmith.engine.commands import (
     Cancel,
     Command,
@@ -137,11 +137,8 @@ class Engine:
         self._clock += 1
         try:
             self._take(command, answer)
-        except (ContentError, FolderError) as error:
-            answer(Failed(str(error)))
         except Exception as error:
-            log.exception("%s failed", type(command).__name__)
-            answer(Failed(f"{type(command).__name__} failed: {_text(error)}", "server"))
+            answer(_failed(type(command).__name__, error))
 
     def _take(self, command: Command, answer: Answer) -> None:
         match command:
@@ -255,11 +252,8 @@ class Engine:
             run.used = self._clock
             try:
                 answer(self._execute(run, command))
-            except (ContentError, FolderError) as error:
-                answer(Failed(str(error)))
             except Exception as error:
-                log.exception("%s of run %s failed", type(command).__name__, run.name)
-                answer(Failed(f"{type(command).__name__} failed: {_text(error)}", "server"))
+                answer(_failed(f"{type(command).__name__} of run {run.name}", error))
 
     def _start(self, run: Run, command: ForwardBackward, answer: Answer) -> None:
         run.used = self._clock
@@ -268,11 +262,8 @@ class Engine:
             self._bring_back(run)
             job = TrainingJob(request, run.model, run.layout, run.weights)
             self._fits(job)
-        except (ContentError, FolderError) as error:
-            answer(Failed(str(error)))
         except Exception as error:
-            log.exception("forward_backward %d of run %s failed", command.seq_id, run.name)
-            answer(Failed(f"forward_backward failed: {_text(error)}", "server"))
+            answer(_failed(f"forward_backward {command.seq_id} of run {run.name}", error))
         else:
             job.answer = answer
             run.jobs.append(job)
@@ -497,6 +488,14 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def _failed(what: str, error: Exception) -> Failed:
+    """The answer to a command that raised; what is not the user's own mistake is logged, too."""
+    if isinstance(error, (ContentError, FolderError)):
+        return Failed(str(error), "server" if isinstance(error, WriteError) else "user")
+    log.error("%s failed", what, exc_info=error)
+    return Failed(f"{what} failed: {_text(error)}", "server")
 
 
 def _text(error: Exception) -> str:
