@@ -41,6 +41,7 @@ from tinsmith.engine.commands import (
 from tinsmith.engine.exactness import failures
 from tinsmith.engine.memory import Budget, available_memory
 from tinsmith.engine.model.base import BaseModel, ModelError
+from tinsmith.engine.model.checks import check
 from tinsmith.engine.runs import Answer, Run
 from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.snapshots import Snapshots
@@ -69,6 +70,7 @@ class Engine:
         self._inexact: dict[str, list[str]] = {}
         for source in config.models:
             model = BaseModel(source.name, source.path, self.device, dtype, config.max_context)
+            check(model)
             self.models[source.name] = model
             self._inexact[source.name] = (
                 failures(model, config.max_rank) if self.device.type == "cpu" else ["CUDA"]
