@@ -53,7 +53,7 @@ def test_families_with_plain_attention_are_served(name: str, dtype: torch.dtype,
 @pytest.mark.parametrize(
     ("name", "suffix", "settings", "why"),
     [
-        ("Gemma2", "ForCausalLM", {**SIZES, **HEAD}, "attention that differs"),
+        ("Gemma2", "ForCausalLM", {**SIZES, **HEAD}, "Gemma2Attention caps its attention scores"),
         (
             "Mamba2",
             "ForCausalLM",
@@ -81,4 +81,4 @@ def test_what_would_be_wrong_is_refused_by_name(
 ) -> None:
     with pytest.raises(ModelError, match=why) as refused:
         check(load(build(name, suffix, tmp_path / name, settings)))
-    assert f"{name}{suffix}" in str(refused.value)
+    assert name in str(refused.value)

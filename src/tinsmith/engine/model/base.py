@@ -48,9 +48,14 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, heads, rows, dim] each -> [1, rows, heads, dim]."""
+    if softcap is not None:
+        raise ModelError(
+            f"{type(module).__name__} caps its attention scores; such models cannot be served yet"
+        )
     this = current_pass()
     if this is None or this.attention is None:
         raise RuntimeError("attention runs inside a pass only")

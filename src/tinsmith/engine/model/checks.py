@@ -26,14 +26,14 @@ def check(model: BaseModel) -> None:
     for group in ("attn", "mlp"):
         if not any(slot.group == group for slot in model.slots):
             raise ModelError(
-                f"{model.name}: {architecture} has no linear layer that counts as {group}, so an adapter would "
-                "miss it; such models cannot be served yet"
+                f"{model.name}: {architecture} has no linear layer that counts as {group}, so an adapter "
+                "would miss it; such models cannot be served yet"
             )
     layers = int(getattr(model.config, "num_hidden_layers", 0))
     if len(model.attention_layers) != layers:
         raise ModelError(
-            f"{model.name}: {architecture} has {layers} layers, but only {len(model.attention_layers)} of them are "
-            "attention; models with recurrent layers (linear attention, Mamba) cannot be served yet"
+            f"{model.name}: {architecture} has {layers} layers, but only {len(model.attention_layers)} of "
+            "them are attention; models with recurrent layers (linear attention, Mamba) cannot be served yet"
         )
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randint(0, model.vocab_size, (n,), generator=generator) for n in _LENGTHS)
@@ -44,13 +44,13 @@ def check(model: BaseModel) -> None:
     ):
         if _differs(ours, _hidden(model, [text]), model.dtype):
             raise ModelError(
-                f"{model.name}: {architecture} gives the {name} of two packed sequences another result than the "
-                "sequence by itself; such models cannot be served yet"
+                f"{model.name}: {architecture} gives the {name} of two packed sequences another result than "
+                "the sequence by itself; such models cannot be served yet"
             )
     if _differs(_plain(model, first), _hidden(model, [first]), model.dtype):
         raise ModelError(
-            f"{model.name}: {architecture} has an attention that differs from this server's (soft-capped scores, "
-            "say); such models cannot be served yet"
+            f"{model.name}: {architecture} has an attention that differs from this server's; such models "
+            "cannot be served yet"
         )
 
 
