@@ -91,8 +91,14 @@ class Reference:
             else:
                 name = "lm_head.weight" if slot.name == UNEMBED else f"{slot.name}.weight"
                 merged[name] = weights[name] + scale * b @ a
+        modules = dict(self.model.named_modules())
         for prefix, parts in pending.items():
-            up = torch.cat([parts["w1"], parts["w3"]], dim=1)
+            module = modules[prefix]
+            up, down = torch.cat([parts["w1"], parts["w3"]], dim=1), parts["w2"]
+            if not module.is_concatenated:  # gate and up in turns
+                up = torch.stack([parts["w1"], parts["w3"]], dim=2).flatten(1, 2)
+            if module.is_transposed:
+                up, down = up.transpose(1, 2), down.transpose(1, 2)
             merged[f"{prefix}.gate_up_proj"] = weights[f"{prefix}.gate_up_proj"] + up
-            merged[f"{prefix}.down_proj"] = weights[f"{prefix}.down_proj"] + parts["w2"]
+            merged[f"{prefix}.down_proj"] = weights[f"{prefix}.down_proj"] + down
         return merged

@@ -26,7 +26,7 @@ from tinsmith.engine.commands import (
     ModelSource,
     Reply,
 )
-from tinsmith.engine.process import EngineStartError, ProcessEngine
+from tinsmith.engine.process import EngineStartError, ProcessEngine, _cores, _cpu_share
 
 
 class EchoEngine:
@@ -52,6 +52,14 @@ class EchoEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         answer(Done(command.body))
         return bool(self.todo)
+
+
+class SleepyEngine(EchoEngine):
+    """Takes its time to load."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        time.sleep(60)
+        super().__init__(config)
 
 
 def told(run: str, body: bytes = b"") -> ForwardBackward:
@@ -129,6 +137,44 @@ def test_an_engine_that_keeps_dying_is_given_up() -> None:
     asyncio.run(main())
 
 
+def test_a_cancelled_wait_and_a_failing_callback_disturb_nobody() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            lost: list[int] = []
+            engine.on_lost(lambda _: 1 / 0)  # type: ignore[arg-type, return-value]
+            engine.on_lost(lost.append)
+            waiting = asyncio.ensure_future(engine.submit(told("slow")))
+            behind = engine.submit(told("x", b"behind"))
+            await asyncio.sleep(0.05)
+            waiting.cancel()
+            assert await behind == Done(b"behind")
+            with pytest.raises(EngineLost):
+                await engine.submit(told("die"))
+            assert await engine.submit(told("x", b"again")) == Done(b"again")
+            assert lost == [1]
+
+    asyncio.run(main())
+
+
+def test_stop_while_it_starts_waits_for_nothing() -> None:
+    async def main(grace: float) -> None:
+        engine = ProcessEngine(EngineConfig((), ""), factory="tests.engine.test_process:SleepyEngine")
+        starting = asyncio.create_task(engine.start())
+        early = engine.submit(told("x"))  # waits for the start
+        while engine.pid is None:
+            await asyncio.sleep(0.01)
+        pid = engine.pid
+        starting.cancel()
+        began = time.monotonic()
+        await engine.stop(grace)
+        assert time.monotonic() - began < 5
+        assert not alive(pid)
+        with pytest.raises(EngineLost):
+            await early
+
+    asyncio.run(main(60.0))
+
+
 def test_stop_lets_work_finish_and_leaves_no_process() -> None:
     async def main() -> None:
         async with running() as engine:
@@ -160,13 +206,16 @@ def test_stop_without_grace_does_not_wait() -> None:
     asyncio.run(main())
 
 
-def test_the_child_ends_with_its_parent() -> None:
-    code = """
+@pytest.mark.parametrize("kind", ["EchoEngine", "SleepyEngine"])
+def test_the_child_ends_with_its_parent(kind: str) -> None:
+    code = f"""
 import asyncio, sys
 from tests.engine.test_process import ProcessEngine, EngineConfig
 async def main():
-    engine = ProcessEngine(EngineConfig((), ""), factory="tests.engine.test_process:EchoEngine")
-    await engine.start()
+    engine = ProcessEngine(EngineConfig((), ""), factory="tests.engine.test_process:{kind}")
+    starting = asyncio.ensure_future(engine.start())
+    await asyncio.wait([starting], timeout=2)
+    assert starting.done() == ({kind!r} == "EchoEngine")
     print(engine.pid, flush=True)
     await asyncio.sleep(60)
 asyncio.run(main())
@@ -185,6 +234,15 @@ asyncio.run(main())
         time.sleep(0.05)
     os.kill(pid, signal.SIGKILL)
     pytest.fail("the engine outlived its parent")
+
+
+def test_a_container_limit_is_read(tmp_path: Path) -> None:
+    assert _cpu_share(tmp_path) > 1000
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert _cpu_share(tmp_path) > 1000
+    (tmp_path / "cpu.max").write_text("250000 100000\n")
+    assert _cpu_share(tmp_path) == 2.5
+    assert 1 <= _cores() <= (os.cpu_count() or 1)
 
 
 class TestStart:

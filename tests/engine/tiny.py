@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -74,6 +75,17 @@ def make_model(family: str, folder: Path, seed: int = 0) -> Path:
             )
         )
     # The end tokens of a model without any of its own would be whatever id its config defaults to.
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_family(name: str, suffix: str, folder: Path, settings: dict) -> Path:
+    """A random model of transformers' `name` family, with a config of the family's own class."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}{suffix}")(config)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
