@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.engine.tiny import load, make_run, tokens
 from tinsmith.engine import sampler as module
 from tinsmith.engine.commands import Done, Failed, Reply, Sample, SampleParams
-from tinsmith.engine.model.attention import ROWS, round_up
+from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
 from tinsmith.engine.model.packing import PackedSequences, Pass, Segment
@@ -71,7 +71,7 @@ def lps(sequence: pb.SampledSequence) -> np.ndarray:
 def trainer_logprobs(model: BaseModel, weights: AdapterWeights | None, text: Sequence[int]) -> np.ndarray:
     """Logprobs of text[1:] by the trainer's packed pass."""
     n = len(text) - 1
-    rows = round_up(n, ROWS)
+    rows = pad_rows(n)
     inputs = torch.zeros(rows, dtype=torch.int64)
     positions = torch.zeros(rows, dtype=torch.int64)
     inputs[:n], positions[:n] = torch.tensor(text[:-1]), torch.arange(n)
@@ -340,7 +340,7 @@ def test_bad_requests_are_refused_by_name(folder: Folder, options: dict, message
 
 def model_table(model: BaseModel, prompt: Sequence[int]) -> np.ndarray:
     """Log-probabilities of what follows the prompt."""
-    rows = round_up(len(prompt), ROWS)
+    rows = pad_rows(len(prompt))
     inputs = torch.zeros(rows, dtype=torch.int64)
     inputs[: len(prompt)] = torch.tensor(prompt)
     positions = torch.arange(rows)

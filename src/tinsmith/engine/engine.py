@@ -38,8 +38,9 @@ from tinsmith.engine.commands import (
     Sample,
     SaveState,
 )
-from tinsmith.engine.exactness import failures
+from tinsmith.engine.exactness import settle
 from tinsmith.engine.memory import Budget, available_memory
+from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.base import BaseModel, ModelError
 from tinsmith.engine.model.checks import check
 from tinsmith.engine.runs import Answer, Run
@@ -67,16 +68,17 @@ class Engine:
         self.device = _device(config.device)
         dtype = _dtype(config.dtype, self.device)
         self.models: dict[str, BaseModel] = {}
-        self._inexact: dict[str, list[str]] = {}
         for source in config.models:
             model = BaseModel(source.name, source.path, self.device, dtype, config.max_context)
             check(model)
             self.models[source.name] = model
-            self._inexact[source.name] = (
-                failures(model, config.max_rank) if self.device.type == "cpu" else ["CUDA"]
-            )
-            for reason in self._inexact[source.name]:
-                log.warning("%s: results depend on their company here: %s", source.name, reason)
+        if self.device.type == "cpu":
+            self._inexact = settle(list(self.models.values()), config.max_rank)
+        else:
+            self._inexact = {name: ["CUDA: not tried"] for name in self.models}
+        for name, reasons in self._inexact.items():
+            for reason in reasons:
+                log.warning("%s: results depend on their company here: %s", name, reason)
         weights = sum(m.nbytes for m in self.models.values())
         self.budget = Budget.split(config.memory or available_memory(self.device), weights)
         self.runs: dict[str, Run] = {}
@@ -118,6 +120,7 @@ class Engine:
         """Figures of the moment; bytes where nothing else is said."""
         return {
             "exact": not any(self._inexact.values()),
+            "padding_rows": PADDING.rows,
             "inexact": {name: list(reasons) for name, reasons in self._inexact.items() if reasons},
             "runs": len(self.runs),
             "runs_resident": sum(r.state is not None for r in self.runs.values()),

@@ -1,29 +1,41 @@
 """Whether this machine's products give a row the same bits whatever stands beside it.
 
-The engine pads rows to multiples of ROWS, keeps attention to fixed shapes and adds gradients over blocks
-that a request alone decides. That makes results exact wherever a matrix product's rows do not depend
+The engine pads rows to multiples of one number, keeps attention to fixed shapes and adds gradients over
+blocks that a request alone decides. That makes results exact wherever a matrix product's rows do not depend
 on their number once they are padded. Which products do that is the machine's and the library's affair,
-so it is tried at start, on the very shapes that the model uses, and reported.
+so it is tried at start, on the very shapes that the models use; the padding that holds is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmith.engine.model.attention import PAGE, ROWS, PackedAttention, attend, round_up
+from tinsmith.engine.model.attention import PADDING, PAGE, PackedAttention, attend, pad_rows
 from tinsmith.engine.model.base import BaseModel
 
-_COUNTS = (1, 2, 3, 5, 11)  # how many times ROWS: odd counts reach the kernels' remainders
+_COUNTS = (1, 2, 3, 5, 11)  # how many times the padding: odd counts reach the kernels' remainders
 
 
-@torch.no_grad()
-def is_exact(model: BaseModel, max_rank: int) -> bool:
-    """True if every product of the model, its adapters and its attention passed."""
-    return not failures(model, max_rank)
+PADDINGS = (16, 32, 64)  # tried in this order: the smallest that is exact costs least
+
+
+def settle(models: Sequence[BaseModel], max_rank: int) -> dict[str, list[str]]:
+    """Pick the padding that makes every product of every model row-invariant, and set it.
+
+    Returns what is not invariant even so, by model; then the smallest padding stays.
+    """
+    first: dict[str, list[str]] | None = None
+    for PADDING.rows in PADDINGS:
+        found = {model.name: failures(model, max_rank) for model in models}
+        if not any(found.values()):
+            return found
+        first = first or found
+    PADDING.rows = PADDINGS[0]
+    return first or {}
 
 
 @torch.no_grad()
@@ -36,21 +48,21 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
 
     found: list[str] = []
     shapes = {(s.in_features, s.out_features) for s in model.slots}
-    ranks = {round_up(r, ROWS) for r in (1, 32, max_rank)}
+    ranks = {pad_rows(r) for r in (1, 32, max_rank)}
     products = {(i, o) for i, o in shapes if i * o <= 1 << 26}
     products |= {(i, r) for i, _ in shapes for r in ranks} | {(r, o) for _, o in shapes for r in ranks}
     products |= {(o, i) for i, o in products}
     for inner, outer in sorted(products):
-        if not _rows_hold(random(max(_COUNTS) * ROWS * 2, inner), random(outer, inner) * inner**-0.5):
+        if not _rows_hold(random(max(_COUNTS) * PADDING.rows * 2, inner), random(outer, inner) * inner**-0.5):
             found.append(f"linear {inner} -> {outer} in {model.dtype}")
     for shape in dict.fromkeys(model.attention_layers):
         group = max(1, int(model.config.num_attention_heads) // shape.kv_heads)
         if not _attention_holds(shape.kv_heads, group, shape.key_dim, shape.value_dim, random):
             found.append(f"attention with heads of {shape.key_dim} in {model.dtype}")
-    table = random(max(_COUNTS) * ROWS, model.vocab_size)
+    table = random(max(_COUNTS) * PADDING.rows, model.vocab_size)
     if any(
         not torch.equal(model.log_softmax(table[:n]), model.log_softmax(table)[:n])
-        for n in (1, ROWS, 3 * ROWS)
+        for n in (1, PADDING.rows, 3 * PADDING.rows)
     ):
         found.append(f"log_softmax over {model.vocab_size}")
     return found
@@ -59,8 +71,8 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
 def _rows_hold(x: Tensor, weight: Tensor) -> bool:
     whole, back = F.linear(x, weight), x @ weight.T.contiguous()
     for count in _COUNTS:
-        for start in (0, ROWS * max(_COUNTS)):
-            rows = slice(start, start + count * ROWS)
+        for start in (0, PADDING.rows * max(_COUNTS)):
+            rows = slice(start, start + count * PADDING.rows)
             if not torch.equal(F.linear(x[rows], weight), whole[rows]):
                 return False
             if not torch.equal(x[rows] @ weight.T.contiguous(), back[rows]):
@@ -82,7 +94,7 @@ def _attention_holds(
     if not (torch.equal(prefix, whole[:, :, :PAGE]) and torch.equal(twice[1:], whole)):
         return False
     keys, values = (x.float().unflatten(2, (-1, PAGE)) for x in (k, v))
-    rows = round_up(group, ROWS)
+    rows = pad_rows(group)
     for position in (0, PAGE - 1, PAGE, 2 * PAGE + 5):
         one = torch.zeros(1, kv_heads, rows, key_dim, device=q.device)
         one[:, :, :group] = q[:, :, position].float().view(1, kv_heads, group, key_dim)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.kv_cache import NULL, PagePool
-from tinsmith.engine.model.attention import PAGE, ROWS, TILE, attend, round_up
+from tinsmith.engine.model.attention import PAGE, TILE, attend, pad_rows
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class PagedAttention:
         group = q.shape[0] // heads
         for part in self._decode:
             rows = q[:, part.rows].unflatten(0, (heads, group)).permute(2, 0, 1, 3).float()
-            padded = torch.nn.functional.pad(rows, (0, 0, 0, round_up(group, ROWS) - group))
+            padded = torch.nn.functional.pad(rows, (0, 0, 0, pad_rows(group) - group))
             positions = torch.full((len(part.rows), padded.shape[2]), -1, device=q.device)
             positions[:, :group] = part.positions[:, None]
             o = self._attend(padded, keys, values, part.pages, positions, scale, window, sinks, group, 1)
@@ -96,7 +96,7 @@ class PagedAttention:
         for chunk, pages in self._prefill:
             for start in range(0, chunk.length, TILE):
                 stop = min(start + TILE, chunk.length)
-                width = round_up(stop - start, ROWS)
+                width = pad_rows(stop - start)
                 tile = q[:, chunk.row + start : chunk.row + stop].unflatten(0, (heads, group)).float()
                 tile = torch.nn.functional.pad(tile, (0, 0, 0, width - (stop - start))).flatten(1, 2)
                 positions = torch.full((1, width), -1, device=q.device)

@@ -19,7 +19,7 @@ import torch
 
 from tinsmith.engine.commands import Done, Failed, Sample, SampleParams
 from tinsmith.engine.kv_cache import PagePool, chain, root
-from tinsmith.engine.model.attention import PAGE, ROWS, round_up
+from tinsmith.engine.model.attention import PAGE, pad_rows
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
 from tinsmith.engine.model.packing import Pass, Segment
@@ -243,7 +243,7 @@ class Sampler:
                 placed.append((sequence, len(ids), count))
                 ids += sequence.tokens[first : first + count]
                 positions += range(first, first + count)
-            padding = round_up(len(ids), ROWS) - len(ids)
+            padding = pad_rows(len(ids)) - len(ids)
             ids += [0] * padding
             positions += [0] * padding
             segments.append(Segment(start, len(ids), members[0][0].request.weights))
@@ -300,7 +300,7 @@ class Sampler:
             while stop < len(weights) and weights[stop] is weights[at]:
                 stop += 1
             count = stop - at
-            padded = round_up(count, ROWS)
+            padded = pad_rows(count)
             index.append(torch.nn.functional.pad(rows[at:stop], (0, padded - count), value=int(rows[at])))
             keep += range(size, size + count)
             segments.append(Segment(size, size + padded, weights[at]))

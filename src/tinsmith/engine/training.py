@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tinsmith.engine.commands import Reply
 from tinsmith.engine.losses import LOSSES, Loss
-from tinsmith.engine.model.attention import ROWS, TILE, round_up
+from tinsmith.engine.model.attention import TILE, pad_rows, round_up
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights, Gradients, Layout
 from tinsmith.engine.model.packing import Block, PackedSequences, Pass, Segment, running
@@ -119,10 +119,10 @@ def _cut(lengths: Sequence[int]) -> list[_Cut]:
     first, tokens = 0, 0
     for i, length in enumerate(lengths):
         if i > first and tokens + length > BLOCK_TOKENS:
-            cuts.append(_Cut(first, i, round_up(tokens, ROWS)))
+            cuts.append(_Cut(first, i, pad_rows(tokens)))
             first, tokens = i, 0
         tokens += length
-    cuts.append(_Cut(first, len(lengths), round_up(tokens, ROWS)))
+    cuts.append(_Cut(first, len(lengths), pad_rows(tokens)))
     return cuts
 
 

@@ -2,7 +2,7 @@
 
 torch's fused CPU attention gives a query other bits when it stands beside others, so a decoded token
 would not reproduce the trainer's logprob. Here every product has a fixed shape per query: keys come
-in pages of PAGE, query rows in multiples of ROWS, scores are fp32, the maximum is exact, and the
+in pages of PAGE, query rows in multiples of PADDING.rows, scores are fp32, the maximum is exact, and the
 pages' partial sums are added in page order. A page that a query does not see adds exact zeros. So a
 query has the same bits in a training pass, a chunk of a prefill and a decode step, whatever stands
 beside it.
@@ -12,18 +12,34 @@ Used by the trainer over whole sequences and by the sampler over cached pages.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 PAGE = 64  # keys in a page
-ROWS = 16  # query rows are padded to a multiple of this
 TILE = 256  # query positions of one sequence that are worked on at a time: bounds the scores in memory
+
+
+@dataclass(slots=True)
+class Padding:
+    """Rows of a product stand in multiples of `rows`: this process's one setting, which the engine settles
+    at start (exactness.py), before anything is padded."""
+
+    rows: int = 16
+
+
+PADDING = Padding()
 
 
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def pad_rows(n: int) -> int:
+    """`n` rounded up to what rows (and ranks) are padded to."""
+    return round_up(n, PADDING.rows)
 
 
 def _scores(q: Tensor, k: Tensor, q_pos: Tensor, scale: float, window: int | None, first_page: int) -> Tensor:
@@ -77,7 +93,7 @@ def attend(
     """Attention of query rows over pages of keys; row r of sequence b sees keys at positions <= q_pos[b, r].
 
     q: [B, Hkv, R, Dk], the query heads of a key-value head and the positions together in R, a
-    multiple of ROWS. k: [B, Hkv, NB, PAGE, Dk], v: [B, Hkv, NB, PAGE, Dv]; key j of page n stands at
+    multiple of PADDING.rows. k: [B, Hkv, NB, PAGE, Dk], v: [B, Hkv, NB, PAGE, Dv]; key j of page n stands at
     position (first_page + n) * PAGE + j. q_pos: int64 [B, R], -1 for padding. window: how many last
     positions a query sees, itself included. sinks: fp32 [B or 1, Hkv, R] extra logits that take part in the
     normalization alone. All fp32. Returns [B, Hkv, R, Dv].

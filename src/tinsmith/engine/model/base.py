@@ -100,7 +100,7 @@ class BaseModel:
         self.attention_layers = self._measure_layers()
 
     def hidden(self, token_ids: Tensor, positions: Tensor, this: Pass) -> Tensor:
-        """token_ids, positions: int64 [rows], rows a multiple of ROWS -> final hidden states [rows, hidden].
+        """token_ids, positions: int64 [rows], a padded number of them -> final hidden states [rows, hidden].
 
         With gradients enabled the result carries a graph whose backward pass fills the blocks' gradients.
         """
@@ -114,7 +114,7 @@ class BaseModel:
         return hidden[0]
 
     def logits(self, hidden: Tensor, this: Pass) -> Tensor:
-        """hidden: [n, hidden] of the rows in `this`, n a multiple of ROWS -> [n, vocab] in its dtype."""
+        """hidden: [n, hidden] of the rows in `this`, n padded -> [n, vocab] in its dtype."""
         with running(this):
             logits: Tensor = self._head(hidden)
         if self.softcap is not None:
@@ -142,12 +142,12 @@ class BaseModel:
             shapes[layer] = LayerShape(k.shape[0], k.shape[-1], v.shape[-1])
             return q.new_zeros(q.shape[1], q.shape[0], v.shape[-1])
 
-        from tinsmith.engine.model.attention import ROWS
+        from tinsmith.engine.model.attention import PADDING
         from tinsmith.engine.model.packing import Segment
 
-        zeros = torch.zeros(ROWS, dtype=torch.int64, device=self.device)
+        zeros = torch.zeros(PADDING.rows, dtype=torch.int64, device=self.device)
         with torch.no_grad():
-            self.hidden(zeros, zeros, Pass([Segment(0, ROWS, None)], look))
+            self.hidden(zeros, zeros, Pass([Segment(0, PADDING.rows, None)], look))
         return [shapes[i] for i in sorted(shapes)]
 
 

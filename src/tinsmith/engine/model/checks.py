@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinsmith.engine.model.attention import ROWS, round_up
+from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.base import BaseModel, ModelError
 from tinsmith.engine.model.packing import PackedSequences, Pass, Segment
 
@@ -57,7 +57,7 @@ def check(model: BaseModel) -> None:
 def _hidden(model: BaseModel, texts: list[Tensor]) -> Tensor:
     """Hidden states of the texts' tokens, packed."""
     tokens = torch.cat(texts)
-    rows = round_up(len(tokens), ROWS)
+    rows = pad_rows(len(tokens))
     ids, positions = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
     spans, at = [], 0
     for text in texts:

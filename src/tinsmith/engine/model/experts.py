@@ -1,7 +1,7 @@
 """Mixture-of-experts layers with adapters, through transformers' experts interface.
 
 Token-expert pairs are sorted by (expert, unit), a unit being a training block or a sampling segment,
-and each group is padded to ROWS rows. So the rows of a product, and the gradient of an expert's
+and each group is padded to PADDING.rows rows. So the rows of a product, and the gradient of an expert's
 factors, depend on the unit's own tokens alone.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmith.engine.model.attention import ROWS
+from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.lora import AdapterWeights, Gradients, Slot
 from tinsmith.engine.model.packing import Pass, Segment, current_pass
 
@@ -51,7 +51,7 @@ def _plan(this: Pass, experts: Tensor, count: int) -> _Plan:
     key = (experts.cpu() * n + unit_of_row[:, None]).flatten()
     order = torch.argsort(key, stable=True)
     sizes = torch.bincount(key, minlength=count * n)
-    padded = (sizes + ROWS - 1) // ROWS * ROWS
+    padded = (sizes + PADDING.rows - 1) // PADDING.rows * PADDING.rows
     starts = torch.cumsum(padded, 0) - padded
     within = torch.arange(tokens * k) - (torch.cumsum(sizes, 0) - sizes)[key[order]]
     place = torch.empty(tokens * k, dtype=torch.int64)

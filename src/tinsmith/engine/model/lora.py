@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.engine.commands import LoraSpec
-from tinsmith.engine.model.attention import ROWS, round_up
+from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.packing import Pass, current_pass
 
 Group = Literal["attn", "mlp", "unembed"]
@@ -104,7 +104,7 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 class AdapterWeights:
     """An adapter's weights as the model computes with them: the base's dtype, the rank padded to a
-    multiple of ROWS with zeros (a product with few columns takes kernels that are not row-invariant),
+    multiple of PADDING.rows with zeros (a product with few columns takes kernels that are not row-invariant),
     alpha / rank folded into B. Immutable: an optimizer step makes new ones.
     """
 
@@ -113,7 +113,7 @@ class AdapterWeights:
 
     def __init__(self, layout: Layout, flat: Tensor, dtype: torch.dtype, device: torch.device) -> None:
         scale, rank = layout.spec.alpha / layout.spec.rank, layout.spec.rank
-        padding = round_up(rank, ROWS) - rank
+        padding = pad_rows(rank) - rank
         a = {n: F.pad(x, (0, 0, 0, padding)).to(device, dtype) for n, (x, _) in layout.views(flat).items()}
         b = {n: F.pad(x * scale, (0, padding)).to(device, dtype) for n, (_, x) in layout.views(flat).items()}
         self._fill(a, b)

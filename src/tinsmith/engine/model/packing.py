@@ -2,7 +2,7 @@
 
 All tokens of a pass stand in one packed row dimension, [1, rows]. Rows are grouped in segments, one
 per adapter (or the base model), and a training segment in blocks, each a piece of one request that
-was cut by that request alone. Segments and blocks start and end on multiples of ROWS, because that
+was cut by that request alone. Segments and blocks start and end on multiples of PADDING.rows, because that
 is what makes a matrix product's rows independent of their number (see exactness.py).
 """
 
