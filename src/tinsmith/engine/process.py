@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from tinsmith.engine.commands import Command, EngineConfig, EngineInfo, EngineLost, Reply
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 _LENGTH = struct.Struct("<Q")
 _ENGINE = "tinsmith.engine.engine:Engine"
 _DEATHS, _WINDOW = 5, 60.0  # so many deaths in so many seconds, and it is not started again
+_BACKOFF = 0.25  # seconds before the second start in a row, and twice as many before each further one
 
 
 class EngineStartError(Exception):
@@ -109,23 +111,29 @@ class ProcessEngine:
     async def stop(self, grace: float) -> None:
         """Let submitted work finish for up to `grace` seconds, then end the child, kindly and then not."""
         self._stopping = True
+        if self._ready and self._writer is not None:
+            self._writer.write(_frame(None))
+        else:
+            # A child that is only starting has nothing to finish, and no other is to be started now.
+            grace = 0.0
+            await self._end_watch(0.0)
         process = self._process
         if process is not None:
-            if self._writer is not None and self._ready:
-                with contextlib.suppress(OSError):
-                    self._writer.write(_frame(None))
             for patience, action in ((grace, process.terminate), (2.0, process.kill), (10.0, None)):
                 if await self._ended(process, patience) or action is None:
                     break
                 action()
-        if self._watch is not None:
-            # The last replies may still be on their way through the socket.
-            with contextlib.suppress(asyncio.TimeoutError, asyncio.CancelledError):
-                await asyncio.wait_for(self._watch, 5)
+        await self._end_watch(5.0)  # the last replies may still be on their way through the socket
         if self._writer is not None:
             self._writer.close()
         self._ready = False
         self._lose("the engine has been stopped")
+
+    async def _end_watch(self, patience: float) -> None:
+        if self._watch is not None and not self._watch.done():
+            await asyncio.wait({self._watch}, timeout=patience)
+            self._watch.cancel()
+            await asyncio.wait({self._watch})
 
     @staticmethod
     async def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -144,29 +152,36 @@ class ProcessEngine:
         environment = dict(os.environ)
         # The child finds the package where this process found it, installed or not.
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-        # A session of its own: Ctrl-C in the terminal reaches the parent alone, which ends the child.
-        self._process = subprocess.Popen(
-            command,
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
-        reader, writer = await asyncio.open_connection(sock=ours)
-        writer.write(_frame((self._config, self._factory, os.getpid())))
         try:
-            kind, value = pickle.loads(await _read(reader))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            code = await asyncio.to_thread(self._process.wait)
+            # A session of its own: Ctrl-C in the terminal reaches the parent alone, which ends the child.
+            process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            raise EngineStartError(f"no process could be started: {error.strerror}") from None
+        finally:
+            theirs.close()
+        self._process = process
+        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            writer.write(_frame((self._config, self._factory, os.getpid())))
+            try:
+                kind, value = pickle.loads(await _read(reader))
+            except (asyncio.IncompleteReadError, ConnectionError):
+                code = await asyncio.to_thread(process.wait)
+                kind, value = "error", f"the engine process ended with status {code} while it was starting"
+            if kind == "error":
+                await asyncio.to_thread(process.wait)
+                raise EngineStartError(value)
+        except BaseException:  # a cancelled start leaves nothing running
+            process.kill()
             writer.close()
-            raise EngineStartError(
-                f"the engine process ended with status {code} while it was starting"
-            ) from None
-        if kind == "error":
-            await asyncio.to_thread(self._process.wait)
-            writer.close()
-            raise EngineStartError(value)
+            raise
         self._info, self._writer = value, writer
         self._generation += 1
         self._ready = True
@@ -182,27 +197,37 @@ class ProcessEngine:
     async def _live(self, reader: asyncio.StreamReader | None) -> None:
         """Take replies; when the child dies, say so and start another."""
         while reader is not None:
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            try:
                 while True:
                     number, reply = pickle.loads(await _read(reader))
                     future = self._pending.pop(number, None)
-                    if future is not None and not future.done():
+                    if future is not None and not future.done():  # done: nobody waits for it any more
                         future.set_result(reply)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                pass
+            except Exception:
+                log.exception("the engine process sent what cannot be read")
             if self._stopping:
                 return
             reader = await self._reborn()
 
     async def _reborn(self) -> asyncio.StreamReader | None:
-        assert self._process is not None
+        process = self._process
+        assert process is not None
         self._ready = False
         if self._writer is not None:
             self._writer.close()
-        code = await asyncio.to_thread(self._process.wait)
+        if not await self._ended(process, 1.0):  # it hangs while ending, or speaks what cannot be read
+            process.kill()
+        code = await asyncio.to_thread(process.wait)
         log.error("the engine process died (status %s)", code)
         self._lose("the engine process died")
         lost = self._generation
         for callback in self._callbacks:
-            callback(lost)
+            try:
+                callback(lost)
+            except Exception:
+                log.exception("a callback for the engine's death failed")
         while not self._stopping:
             now = time.monotonic()
             self._deaths = [t for t in self._deaths if now - t < _WINDOW] + [now]
@@ -211,11 +236,12 @@ class ProcessEngine:
                 self._given_up = True
                 self._lose("the engine keeps dying and has been given up")
                 return None
+            if len(self._deaths) > 1:  # the first time nobody waits
+                await asyncio.sleep(_BACKOFF * 2.0 ** (len(self._deaths) - 2))
             try:
                 return await self._spawn()
             except EngineStartError as error:
                 log.error("the engine could not be started again: %s", error)
-                await asyncio.sleep(2.0 ** len(self._deaths) / 4)
         return None
 
     def _lose(self, why: str) -> None:
@@ -262,21 +288,11 @@ def _receive(stream: Any) -> Any:
 def _serve(connection: socket.socket) -> None:
     """Build the engine that the parent describes and drive it until the parent says stop or is gone."""
     stream = connection.makefile("rb")
-    config, factory, parent = _receive(stream)
-    _end_with(parent)
-    if config.threads is None:
-        config = dataclasses.replace(config, threads=len(os.sched_getaffinity(0)))
-    module, _, name = factory.partition(":")
     try:
-        engine: _Drivable = getattr(importlib.import_module(module), name)(config)
-        hello = ("ready", engine.info())
-    except Exception as error:
-        log.debug("the engine could not start", exc_info=True)
-        text = str(error) or type(error).__name__
-        known = type(error).__name__ == "ModelError"
-        connection.sendall(_frame(("error", text if known else f"{type(error).__name__}: {text}")))
+        config, factory, parent = _receive(stream)
+    except (EOFError, OSError):
         return
-    connection.sendall(_frame(hello))
+    _end_with(parent)
     incoming: queue.SimpleQueue[tuple[int, Command] | None] = queue.SimpleQueue()
     outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
@@ -285,7 +301,7 @@ def _serve(connection: socket.socket) -> None:
             while (message := _receive(stream)) is not None:
                 incoming.put(message)
         except (EOFError, OSError):
-            os._exit(0)  # the parent is gone: nobody is left to answer
+            os._exit(0)  # the parent is gone: nobody is left to answer, be it while a model loads
         incoming.put(None)
 
     def write() -> None:
@@ -298,9 +314,54 @@ def _serve(connection: socket.socket) -> None:
     threading.Thread(target=read, daemon=True).start()
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
-    _drive(engine, incoming, lambda number, reply: outgoing.put(_frame((number, reply))))
+    engine = _build(config, factory, lambda kind, value: outgoing.put(_frame((kind, value))))
+    if engine is not None:
+        _drive(engine, incoming, lambda number, reply: outgoing.put(_frame((number, reply))))
     outgoing.put(None)
     writer.join()
+
+
+def _build(config: EngineConfig, factory: str, say: Callable[[str, object], None]) -> _Drivable | None:
+    """The engine, or None; the parent is told which, and in the second case why."""
+    if config.threads is None:
+        config = dataclasses.replace(config, threads=_cores())
+    module, _, name = factory.partition(":")
+    try:
+        engine: _Drivable = getattr(importlib.import_module(module), name)(config)
+        say("ready", engine.info())
+    except Exception as error:
+        log.debug("the engine could not start", exc_info=True)
+        text = str(error) or type(error).__name__
+        known = type(error).__name__ == "ModelError"
+        say("error", text if known else f"{type(error).__name__}: {text}")
+        return None
+    return engine
+
+
+def _cores() -> int:
+    """Physical cores that this process may use: more threads than those only disturb each other."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, min(len(cores), int(_cpu_share(Path("/sys/fs/cgroup")))))
+
+
+def _cpu_share(folder: Path) -> float:
+    """How many CPUs a container's limit comes to, in either version of cgroups; many if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (folder / "cpu.max").read_text().split()
+        return int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota = (folder / "cpu" / "cpu.cfs_quota_us").read_text()
+        period = (folder / "cpu" / "cpu.cfs_period_us").read_text()
+        if int(quota) > 0:
+            return int(quota) / int(period)
+    return 1e6
 
 
 def _drive(
