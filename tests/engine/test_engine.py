@@ -283,6 +283,14 @@ class TestMemory:
 
 
 class TestStart:
+    def test_what_an_engine_that_died_had_put_away_is_cleared(self, folder: Folder, tmp_path: Path) -> None:
+        spill = tmp_path / "spill"
+        (spill / "run-1").mkdir(parents=True)
+        (spill / "sampler-2.safetensors").write_text("")
+        (spill / "another's").write_text("")
+        make_engine(folder("qwen3"), tmp_path)
+        assert [p.name for p in spill.iterdir()] == ["another's"]
+
     def test_this_machine_is_exact_where_it_has_avx512(self, engine: Engine) -> None:
         if "avx512f" in Path("/proc/cpuinfo").read_text():
             assert engine.info().exact, engine.status()["inexact"]

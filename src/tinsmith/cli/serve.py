@@ -52,7 +52,8 @@ def serve(settings: Settings, make_engine: MakeEngine) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for noisy in ("alembic", "uvicorn"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     settings.data.mkdir(parents=True, exist_ok=True)
     with _locked(settings.data):
         store = Store.open(Store.local_url(settings.data))

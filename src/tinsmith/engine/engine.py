@@ -81,6 +81,7 @@ class Engine:
                 log.warning("%s: results depend on their company here: %s", name, reason)
         weights = sum(m.nbytes for m in self.models.values())
         self.budget = Budget.split(config.memory or available_memory(self.device), weights)
+        _clear(Path(config.spill_dir))
         self.runs: dict[str, Run] = {}
         self.snapshots = Snapshots(Path(config.spill_dir))
         self._samplers = {
@@ -454,6 +455,14 @@ class Engine:
         if run.spilled is not None:
             adapter_files.remove(run.spilled)
             run.spilled = None
+
+
+def _clear(spill_dir: Path) -> None:
+    """Delete what an engine that died had put away: it is of no use to anyone."""
+    for left in spill_dir.glob("run-*"):
+        adapter_files.remove(str(left))
+    for left in spill_dir.glob("sampler-*.safetensors"):
+        left.unlink(missing_ok=True)
 
 
 def _together(lead: TrainingJob, job: TrainingJob) -> bool:
