@@ -27,6 +27,7 @@ serve: setup
 bench: setup
 	$(BIN)/python bench/latency.py
 	$(BIN)/python bench/train.py
+	$(BIN)/python bench/sample.py
 
 lint: setup
 	$(BIN)/ruff check

@@ -6,8 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.engine.tiny import make_model
+
+# Tiny models gain nothing from threads, and on a busy machine threads that wait for each other cost a lot.
+# The tests of exactness set more themselves.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def test_a_machine_that_needs_more_gets_more(folder: Folder, monkeypatch: pytest
     monkeypatch.setattr(exactness, "_rows_hold", lambda x, w: PADDING.rows >= 32 and real(x, w))
     assert settle([load(folder("qwen3"))], 64) == {"tests/qwen3": []}
     assert PADDING.rows == 32
-    TrainingExactness().test_seven_other_tenants_change_no_bit(folder, "qwen3", torch.float32)
+    TrainingExactness().seven_other_tenants(load(folder("qwen3")))
 
 
 def test_what_no_padding_repairs_is_named(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.engine.reference import Reference
-from tests.engine.tiny import FAMILIES, load, logprobs, make_run, metrics, relative, request, tokens
+from tests.engine.tiny import FAMILIES, load, logprobs, make_run, metrics, relative, request, threads, tokens
 from tinsmith.engine.commands import AdamParams
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.runs import Run
@@ -147,8 +147,14 @@ class TestExactness:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("family", ["llama-tied", "qwen3", "qwen3-moe"])
-    def test_seven_other_tenants_change_no_bit(self, folder: Folder, family: str, dtype: torch.dtype) -> None:
-        model = load(folder(family), dtype)
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_seven_other_tenants_change_no_bit(
+        self, folder: Folder, family: str, dtype: torch.dtype, count: int
+    ) -> None:
+        with threads(count):
+            self.seven_other_tenants(load(folder(family), dtype))
+
+    def seven_other_tenants(self, model: BaseModel) -> None:
         body = request(sequences(0))
 
         def tenant(seed: int, rank: int) -> tuple[Run, TrainingJob]:
