@@ -116,11 +116,12 @@ class Server:
         with tinker.ServiceClient(base_url=self.url, api_key=key) as client:
             yield client
 
-    def limit_file_size(self, size: int | None) -> None:
-        """From now on the engine cannot write longer files: as on a full disk, a write fails."""
+    def limit_file_size(self, size: int | None, *, everywhere: bool = False) -> None:
+        """From now on the engine (or the server, too) cannot write longer files: as on a full disk, a
+        write fails."""
         assert self.process is not None
         most = resource.RLIM_INFINITY if size is None else size
-        for pid in descendants(self.process.pid):
+        for pid in [*descendants(self.process.pid), *([self.process.pid] if everywhere else [])]:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
 
     def expire_checkpoints(self) -> None:

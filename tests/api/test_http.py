@@ -471,3 +471,34 @@ def test_a_full_disk_while_saving_is_an_error_and_the_earlier_checkpoint_stays(
     load = {"session_id": raw.session(), "model_seq_id": 0, "path": path, "optimizer": True}
     assert "error" not in raw.result(raw.ok("load_weights", load)["request_id"])
     assert "path" in raw.result(raw.save(run, 4, "torn"))
+
+
+def test_a_full_disk_under_the_log_fails_what_comes_at_once(
+    make_server: Callable[..., Server],
+) -> None:
+    server = make_server().start()
+    raw = server.raw()
+    session = raw.session()
+    run = raw.run(session)
+    assert "error" not in raw.result(raw.forward_backward(run, 1))
+    server.limit_file_size(1000, everywhere=True)
+    small, large = training_body(run, 2), training_body(run, 3, (500,) * 40)
+    refused = [
+        raw.forward_backward(run, 2, small),
+        raw.forward_backward(run, 3, large, zstd=False),
+        raw.optim(run, 4),
+        raw.save(run, 5, "x"),
+    ]
+    for request_id in refused:
+        result = raw.result(request_id, 10.0)
+        assert "cannot write to its disk" in result["error"]
+        assert result["category"] == "server"
+    body = {"session_id": session, "model_seq_id": 1, "base_model": MODEL, "lora_config": {"rank": 4}}
+    for path, content in (("create_model", body), ("create_session", {"tags": [], "sdk_version": "0.38.0"})):
+        answer = raw.post(path, content)
+        assert answer.status_code == 400
+        assert "cannot write to its disk" in detail(answer)
+    server.limit_file_size(None, everywhere=True)
+    step = raw.result(raw.optim(run, 6))
+    assert step["metrics"], "the gradient of seq_id 1 is still there, and the refused ones left none"
+    assert "error" not in raw.result(raw.forward_backward(raw.run(session, 1), 1))

@@ -126,10 +126,7 @@ def test_an_engine_that_keeps_dying_is_given_up() -> None:
             for _ in range(5):
                 with pytest.raises(EngineLost):
                     await engine.submit(told("die"))
-            for _ in range(100):
-                if engine.failed:
-                    break
-                await asyncio.sleep(0.05)
+            await asyncio.wait_for(engine.given_up(), 5.0)
             with pytest.raises(EngineLost):
                 await engine.submit(told("x"))
             assert not engine.ready

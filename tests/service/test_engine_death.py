@@ -10,7 +10,7 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.harness import MODEL, Server, datum, training_body, wait_for
+from tests.harness import MODEL, Server, datum, descendants, kill, training_body, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +67,18 @@ def test_the_sdk_raises_at_once_in_training_and_sampling_goes_on(server: Server)
         for future in futures:
             assert list(future.result(timeout=120).sequences[0].tokens) == list(expected)
         assert sampler.compute_logprobs(prompt).result(timeout=60)[0] is None
+
+
+def test_a_server_whose_engine_keeps_dying_ends_and_says_so(tiny_model: Path, tmp_path: Path) -> None:
+    server = Server(tiny_model, tmp_path / "data").start()
+    assert server.process is not None
+    try:
+        deadline = time.monotonic() + 60
+        while server.process.poll() is None and time.monotonic() < deadline:
+            for pid in descendants(server.process.pid):
+                kill(pid)
+            time.sleep(0.05)
+        assert server.process.poll() == 1
+        assert "the engine keeps dying and has been given up" in server.log()
+    finally:
+        server.end()

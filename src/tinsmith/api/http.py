@@ -34,6 +34,7 @@ _STATUS: dict[type[errors.ServiceError], int] = {
     errors.NotFound: 404,
     errors.Gone: 410,
     errors.Unavailable: 503,
+    errors.Unwritable: 400,
 }
 
 

@@ -98,6 +98,7 @@ async def _serve(settings: Settings, store: Store, make_engine: MakeEngine, new_
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(service.start())
     stopping = asyncio.create_task(stop.first.wait())
+    given_up = asyncio.create_task(engine.given_up())
     code = 0
     try:
         await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -108,13 +109,17 @@ async def _serve(settings: Settings, store: Store, make_engine: MakeEngine, new_
                 code = 1
             else:
                 _print_banner(settings, service, listener, new_key)
-                await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({stopping, serving, given_up}, return_when=asyncio.FIRST_COMPLETED)
+        if given_up.done():
+            print("tinsmith: the engine keeps dying and has been given up; the log says how", file=sys.stderr)
+            code = 1
         if serving.done() and not stop.first.is_set():
             serving.result()
             code = 1
     finally:
         code = await _stop(service, server, serving, starting, stop, settings.grace) or code
         stopping.cancel()
+        given_up.cancel()
     return code
 
 

@@ -321,9 +321,8 @@ class EngineClient(Protocol):
     @property
     def ready(self) -> bool: ...
 
-    @property
-    def failed(self) -> bool:
-        """Whether the engine kept dying and will not come back."""
+    async def given_up(self) -> None:
+        """Return once the engine has kept dying and will not come back."""
 
     async def start(self) -> EngineInfo: ...
 

@@ -57,7 +57,7 @@ class ProcessEngine:
         self._watch: asyncio.Task[None] | None = None
         self._pending: dict[int, asyncio.Future[Reply]] = {}
         self._held: list[tuple[int, Command]] = []  # submitted while no engine was there
-        self._given_up = False
+        self._given_up = asyncio.Event()
         self._next = 0
         self._callbacks: list[Callable[[int], None]] = []
         self._deaths: list[float] = []
@@ -76,10 +76,8 @@ class ProcessEngine:
     def ready(self) -> bool:
         return self._ready
 
-    @property
-    def failed(self) -> bool:
-        """Whether the engine kept dying and is not started again."""
-        return self._given_up
+    async def given_up(self) -> None:
+        await self._given_up.wait()
 
     @property
     def pid(self) -> int | None:
@@ -94,7 +92,7 @@ class ProcessEngine:
 
     def submit(self, command: Command) -> Awaitable[Reply]:
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        if self._given_up or self._stopping:
+        if self._given_up.is_set() or self._stopping:
             future.set_exception(EngineLost("the engine is not running"))
             return future
         self._next += 1
@@ -233,7 +231,7 @@ class ProcessEngine:
             self._deaths = [t for t in self._deaths if now - t < _WINDOW] + [now]
             if len(self._deaths) >= _DEATHS:
                 log.critical("the engine died %d times within %d s: giving up", _DEATHS, _WINDOW)
-                self._given_up = True
+                self._given_up.set()
                 self._lose("the engine keeps dying and has been given up")
                 return None
             if len(self._deaths) > 1:  # the first time nobody waits

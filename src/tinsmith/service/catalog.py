@@ -88,15 +88,13 @@ class Catalog:
 
     async def delete_checkpoint(self, caller: Caller, path: TinkerPath) -> None:
         row, _ = await self.checkpoint(caller, path)
-        await self._context.store.write(lambda connection: checkpoints.delete(connection, row.id))
+        await self._context.write(lambda connection: checkpoints.delete(connection, row.id))
         await self._forget(row)
 
     async def set_ttl(self, caller: Caller, path: TinkerPath, ttl_seconds: int | None) -> None:
         row, _ = await self.checkpoint(caller, path)
         expires = time.time() + ttl_seconds if ttl_seconds is not None else None
-        await self._context.store.write(
-            lambda connection: checkpoints.set_expiry(connection, row.id, expires)
-        )
+        await self._context.write(lambda connection: checkpoints.set_expiry(connection, row.id, expires))
 
     async def sweep(self) -> None:
         """Delete checkpoints whose time has come."""

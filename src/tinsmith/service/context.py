@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from tinsmith.blobs import LocalBlobs
 from tinsmith.engine.commands import EngineClient, ModelInfo
 from tinsmith.settings import Settings
-from tinsmith.store import Store
+from tinsmith.store import Connection, Store, WriteFailed
 
-from .errors import NotFound
+from .errors import NotFound, Unwritable
 
 log = logging.getLogger("tinsmith.service")
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -33,6 +35,13 @@ class Context:
         if info is None:
             raise NotFound(f"base_model: {name[:200]!r} is not served here; served are: {', '.join(models)}")
         return info
+
+    async def write(self, work: Callable[[Connection], T]) -> T:
+        """`store.write` for what a caller asked for. Raises Unwritable where the disk takes no more."""
+        try:
+            return await self.store.write(work)
+        except WriteFailed as error:
+            raise Unwritable(error) from error
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[Any]:
         """Run `work` beside everything else; a request that started it may go away meanwhile."""

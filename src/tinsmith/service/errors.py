@@ -36,5 +36,16 @@ class Unavailable(ServiceError):
     """Not now: starting, or shutting down. Trying again helps."""
 
 
+class Unwritable(ServiceError):
+    """The disk takes no more. Answered so that a client gives up at once: trying again for minutes does
+    not make room."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(
+            f"the server cannot write to its disk ({error}); nothing was changed. Make room in its data"
+            " folder, then try again"
+        )
+
+
 class Refusal(Exception):
     """A training request's content is refused; the message becomes its future's error."""

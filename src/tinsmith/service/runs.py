@@ -16,7 +16,7 @@ from tinsmith.store.runs import RunRow
 from tinsmith.wire.requests import Target
 
 from .context import Context
-from .errors import NotFound
+from .errors import NotFound, Unwritable
 from .futures import Failure, Outcome, Pending, PendingRequest
 from .keys import Caller
 from .recorder import INLINE, Recorder
@@ -61,7 +61,7 @@ class Runs:
             return True
 
         async def create() -> None:
-            if await self._context.store.write(write):
+            if await self._context.write(write):
                 self._accept(Run(self._context, self._recorder, row, self._published), command)
 
         await asyncio.shield(self._context.spawn(create()))
@@ -82,9 +82,22 @@ class Runs:
         self, run: Run, seq_id: int, kind: str, body: bytes, encoding: str, refusal: str | None
     ) -> str:
         command = self._command(run.row.id, seq_id, kind, body, refusal, encoding)
-        if command.body_key is not None:
-            await asyncio.to_thread(self._context.blobs.put, command.body_key, body)
-        taken = await self._context.store.write(lambda connection: commands.add(connection, command))
+        if self._recorder.find(command.request_id) is not None:
+            return command.request_id
+        try:
+            if command.body_key is not None:
+                await asyncio.to_thread(self._context.blobs.put, command.body_key, body)
+            taken = await self._context.write(lambda connection: commands.add(connection, command))
+        except (Unwritable, OSError) as error:
+            # An HTTP error would leave the SDK waiting for the chunks behind this one. What could not be
+            # logged has its place and its outcome in memory alone.
+            log.error("%s could not be logged: %s", command.request_id, error)
+            why = error if isinstance(error, Unwritable) else Unwritable(error)
+            self._recorder.expect(PendingRequest(command.request_id, run.row.org_id)).resolve(
+                Failure(why.detail, "server")
+            )
+            self._accept(run, replace(command, status="failed", error=why.detail))
+            return command.request_id
         if taken is None:
             self._accept(run, command, body)
         elif command.body_key is not None:

@@ -47,7 +47,7 @@ class Samplers:
             ephemeral=False,
         )
         row = await self.resolve(caller, row, request.base_model)
-        row = await self._context.store.write(lambda connection: samplers.add(connection, row))
+        row = await self._context.write(lambda connection: samplers.add(connection, row))
         self._rows[row.id] = row
         if row.sampler is not None and not row.ephemeral:
             self.begin_to_open(row)  # so that it is there when the first sample comes
@@ -90,7 +90,7 @@ class Samplers:
 
     async def join(self, caller: Caller, id_: str) -> int:
         row = await self.get(caller, id_)
-        return await self._context.store.write(lambda connection: samplers.next_clone(connection, row.id))
+        return await self._context.write(lambda connection: samplers.next_clone(connection, row.id))
 
     def published(self, sampler: str) -> None:
         """The engine holds a sampler from now on, because a run has published it."""

@@ -43,7 +43,7 @@ class Sessions:
             project_id=request.project_id,
             display_name=request.display_name,
         )
-        await self._context.store.write(lambda connection: sessions.add(connection, row))
+        await self._context.write(lambda connection: sessions.add(connection, row))
         self._rows[row.id] = row
         self.seen(row.id)
         return row.id

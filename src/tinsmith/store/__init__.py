@@ -2,6 +2,6 @@
 
 from sqlalchemy import Connection
 
-from .database import Store
+from .database import Store, WriteFailed
 
-__all__ = ["Connection", "Store"]
+__all__ = ["Connection", "Store", "WriteFailed"]

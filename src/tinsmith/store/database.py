@@ -28,6 +28,10 @@ _MOST_AT_ONCE = 256
 _READERS = 4
 
 
+class WriteFailed(Exception):
+    """The disk did not take a write, and nothing of it happened; the message says why."""
+
+
 class Store:
     def __init__(self, url: str) -> None:
         self._engine = _make_engine(url)
@@ -50,7 +54,10 @@ class Store:
         return f"sqlite:///{folder / 'tinsmith.db'}"
 
     async def write(self, work: Work[T]) -> T:
-        """Run `work` in the next transaction; once this returns, its effects survive a power cut."""
+        """Run `work` in the next transaction; once this returns, its effects survive a power cut.
+
+        Raises WriteFailed where the disk is full or gone.
+        """
         return await asyncio.wrap_future(self._submit(work))
 
     def write_soon(self, work: Work[object]) -> None:
@@ -119,7 +126,9 @@ def _write_batch(connection: sa.Connection, batch: list[_Job]) -> None:
         outcomes = [(future, None, error) for _, future in batch]
     for future, value, failure in outcomes:
         with contextlib.suppress(InvalidStateError):  # nobody waits for it any more
-            if failure is not None:
+            if isinstance(failure, sa.exc.OperationalError):
+                future.set_exception(WriteFailed(str(failure.orig)))
+            elif failure is not None:
                 future.set_exception(failure)
             else:
                 future.set_result(value)
