@@ -14,18 +14,28 @@ from transformers import AutoModelForCausalLM
 from tinsmith.engine.model.base import UNEMBED
 from tinsmith.engine.runs import Run
 
+# Where the parts of fused projections stand: the module's name, and the parts before this one.
+FUSED = {
+    "in_proj_q": ("in_proj_qkv", ()),
+    "in_proj_k": ("in_proj_qkv", ("in_proj_q",)),
+    "in_proj_v": ("in_proj_qkv", ("in_proj_q", "in_proj_k")),
+    "gate_proj": ("in_proj", ()),
+    "x_proj": ("in_proj", ("gate_proj",)),
+}
 LossOf = Callable[[int, Tensor], Tensor]  # (index of the sequence, its target logprobs) -> scalar loss
 
 
 class Reference:
-    """transformers' model with the run's adapter: PEFT's own layers, or, for experts, merged weights."""
+    """transformers' model with the run's adapter: PEFT's own layers, or, for experts and fused projections,
+    merged weights."""
 
     def __init__(self, folder: Path, run: Run, dtype: torch.dtype = torch.float32) -> None:
         self.run = run
         spec = run.layout.spec
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-        self.experts = any(s.experts for s in run.layout.slots)
-        if self.experts:
+        own = {n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)} | {UNEMBED}
+        self.merges = any(s.experts or s.name not in own for s in run.layout.slots)
+        if self.merges:
             base._experts_implementation = "eager"
             base.config._experts_implementation = "eager"
             self.model = base.requires_grad_(False)
@@ -50,7 +60,7 @@ class Reference:
     def logprobs(self, ids: Sequence[int]) -> Tensor:
         """Logprobs of ids[1:], each given what is before it."""
         inputs = torch.tensor([ids[:-1]])
-        if self.experts:
+        if self.merges:
             logits = functional_call(self.model, self._merged(), (inputs,), {"use_cache": False}).logits[0]
         else:
             logits = self.model(inputs, use_cache=False).logits[0]
@@ -90,10 +100,22 @@ class Reference:
                 pending.setdefault(prefix, {})[part] = torch.matmul(b3, a3) * scale
             else:
                 name = "lm_head.weight" if slot.name == UNEMBED else f"{slot.name}.weight"
-                merged[name] = weights[name] + scale * b @ a
+                first = 0
+                if name not in weights:  # a part of a fused projection
+                    prefix, _, part = slot.name.rpartition(".")
+                    name, before = FUSED[part]
+                    name = f"{prefix}.{name}.weight"
+                    first = sum(self.leaves[f"{prefix}.{p}"][1].shape[0] for p in before)
+                old = merged.get(name, weights[name])
+                rows = torch.arange(first, first + b.shape[0])
+                merged[name] = old.index_add(0, rows, scale * b @ a)
         modules = dict(self.model.named_modules())
         for prefix, parts in pending.items():
             module = modules[prefix]
+            if "w3" not in parts:  # no gate
+                merged[f"{prefix}.up_proj"] = weights[f"{prefix}.up_proj"] + parts["w1"]
+                merged[f"{prefix}.down_proj"] = weights[f"{prefix}.down_proj"] + parts["w2"]
+                continue
             up, down = torch.cat([parts["w1"], parts["w3"]], dim=1), parts["w2"]
             if not module.is_concatenated:  # gate and up in turns
                 up = torch.stack([parts["w1"], parts["w3"]], dim=2).flatten(1, 2)

@@ -19,6 +19,23 @@ from tinsmith.engine.model.checks import check
 from tinsmith.engine.sampler import Sampler
 
 HEAD = {"head_dim": 16}
+MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+}
+SHARED = {"num_experts": 8, "shared_expert_intermediate_size": 32}
 FAMILIES = {
     "Mistral": {**SIZES, **HEAD, "sliding_window": 8},
     "Olmo3": SIZES,
@@ -26,20 +43,48 @@ FAMILIES = {
     "GptOss": {**SIZES, **HEAD, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "DeepseekV3": {
         **SIZES,
-        "num_key_value_heads": 4,
+        **MLA,
+        **EXPERTS,
         "q_lora_rank": 32,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
         "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
         "n_group": 2,
         "topk_group": 1,
         "first_k_dense_replace": 1,
-        "moe_intermediate_size": 32,
     },
+    "Qwen3_5Text": {**SIZES, **HEAD, **DELTA},
+    "Qwen3_5MoeText": {**SIZES, **HEAD, **DELTA, **EXPERTS, **SHARED},
+    "Qwen3Next": {**SIZES, **HEAD, **DELTA, **EXPERTS, **SHARED},
+    "NemotronH": {
+        **{name: size for name, size in SIZES.items() if name != "num_hidden_layers"},
+        **HEAD,
+        **EXPERTS,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 8,
+        "moe_shared_expert_intermediate_size": 32,
+        "moe_latent_size": 32,
+    },
+    "KimiLinear": {
+        **SIZES,
+        **MLA,
+        **EXPERTS,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "linear_num_heads": 4,
+        "linear_head_dim": 16,
+        "num_local_experts": 8,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "Lfm2": {**SIZES, "layer_types": ["conv", "full_attention"]},
 }
+# Their layers take one token and many by different formulas.
+RECURRENT = {"Qwen3_5Text", "Qwen3_5MoeText", "Qwen3Next", "NemotronH", "KimiLinear"}
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +117,12 @@ class TestFamily:
         assert trained.live.gradient is not None
         views = trained.layout.views(trained.live.gradient)
         for slot, theirs in reference.gradients().items():
+            # in_proj_a: transformers' own fp32 gradient is 4e-5 away from its float64 one, as ours is.
             for mine, other in zip(views[slot], theirs, strict=True):
-                assert relative(mine, other) < 1e-5, slot
+                assert relative(mine, other) < (1e-4 if slot.endswith("in_proj_a") else 1e-5), slot
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-    def test_the_sampler_is_the_trainer_bit_for_bit(
+    def test_the_sampler_is_the_trainer(
         self, family: Callable[[str], Path], name: str, dtype: torch.dtype
     ) -> None:
         model = load(family(name), dtype)
@@ -89,7 +135,11 @@ class TestFamily:
             prompt = np.frombuffer(command.prompt, np.int32).tolist()
             (sequence,) = out.sequences
             expected = trainer_logprobs(model, adapter, prompt + ids(sequence))
-            assert np.array_equal(lps(sequence), expected[len(prompt) - 1 :])
+            if name not in RECURRENT:
+                assert np.array_equal(lps(sequence), expected[len(prompt) - 1 :])
+            else:
+                near = 1e-5 if dtype is torch.float32 else 2e-2
+                assert relative(lps(sequence), expected[len(prompt) - 1 :]) < near
 
     def test_greedy_is_transformers_generate(self, family: Callable[[str], Path], name: str) -> None:
         reference = AutoModelForCausalLM.from_pretrained(family(name), dtype=torch.float32)

@@ -85,7 +85,7 @@ def make_family(name: str, suffix: str, folder: Path, settings: dict) -> Path:
     """A random model of transformers' `name` family, with a config of the family's own class."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**settings)
-    model = getattr(transformers, f"{name}{suffix}")(config)
+    model = getattr(transformers, f"{name.removesuffix('Text')}{suffix}")(config)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -16,7 +16,11 @@ from torch import Tensor
 
 from tinsmith.engine.model.attention import PADDING, PAGE, PackedAttention, attend, pad_rows
 from tinsmith.engine.model.base import BaseModel
+from tinsmith.engine.model.packing import Pass, Segment, running
+from tinsmith.engine.paged_attention import Chunk
+from tinsmith.engine.states import SampledRecurrence, StatePool
 
+_BATCH = 5  # sequences that go through the recurrent layers together
 _COUNTS = (1, 2, 3, 5, 11)  # how many times the padding: odd counts reach the kernels' remainders
 
 
@@ -28,6 +32,8 @@ def settle(models: Sequence[BaseModel], max_rank: int) -> dict[str, list[str]]:
 
     Returns what is not invariant even so, by model; then the smallest padding stays.
     """
+    for model in models:
+        model.mixers_together = _mixers_hold(model)
     first: dict[str, list[str]] | None = None
     for PADDING.rows in PADDINGS:
         found = {model.name: failures(model, max_rank) for model in models}
@@ -55,7 +61,7 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
     for inner, outer in sorted(products):
         if not _rows_hold(random(max(_COUNTS) * PADDING.rows * 2, inner), random(outer, inner) * inner**-0.5):
             found.append(f"linear {inner} -> {outer} in {model.dtype}")
-    for shape in dict.fromkeys(model.attention_layers):
+    for shape in dict.fromkeys(model.attention_layers.values()):
         group = max(1, int(model.config.num_attention_heads) // shape.kv_heads)
         if not _attention_holds(shape.kv_heads, group, shape.key_dim, shape.value_dim, random):
             found.append(f"attention with heads of {shape.key_dim} in {model.dtype}")
@@ -66,6 +72,36 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
     ):
         found.append(f"log_softmax over {model.vocab_size}")
     return found
+
+
+@torch.no_grad()
+def _mixers_hold(model: BaseModel) -> bool:
+    """Whether a token goes through the recurrent layers with the same bits alone and in a batch."""
+    if not model.mixers:
+        return True
+    pool, count, prompt = StatePool(model, 2 * _BATCH, 1 << 62), _BATCH, 3
+    generator = torch.Generator().manual_seed(0)
+    width = int(model.config.hidden_size)
+
+    def run(chunks: list[tuple[Chunk, int]], hidden: Tensor) -> Tensor:
+        segments = [Segment(0, len(hidden), None)]
+        with running(Pass(segments, None, SampledRecurrence(pool, segments, chunks))):
+            mixers = [model.module.get_submodule(name) for name in model.mixers]
+            return torch.cat([mixer(hidden.unsqueeze(0))[0] for mixer in mixers], dim=-1)
+
+    def random(rows: int) -> Tensor:
+        return torch.randn(pad_rows(rows), width, generator=generator).to(model.device, model.dtype)
+
+    run([(Chunk(i * prompt, prompt, 0, ()), i) for i in range(count)], random(count * prompt))
+    for i in range(count):
+        pool.copy(i, count + i)
+    tokens = random(count)
+    together = run([(Chunk(i, 1, prompt, ()), i) for i in range(count)], tokens)
+    for i in range(count):
+        alone = run([(Chunk(0, 1, prompt, ()), count + i)], tokens[i : i + 1].expand(pad_rows(1), -1))
+        if not torch.equal(alone[0], together[i]):
+            return False
+    return True
 
 
 def _rows_hold(x: Tensor, weight: Tensor) -> bool:

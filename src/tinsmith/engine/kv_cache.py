@@ -28,11 +28,11 @@ class PagePool:
 
     def __init__(self, model: BaseModel, cache_bytes: int) -> None:
         self.model = model
-        per_token = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in model.attention_layers)
+        per_token = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in model.attention_layers.values())
         self.page_bytes = max(1, per_token * PAGE * model.dtype.itemsize)
         self.capacity = max(4, cache_bytes // self.page_bytes)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.keys: dict[int, Tensor] = {}  # by layer
+        self.values: dict[int, Tensor] = {}
         self._references: list[int] = []
         self._free: list[int] = []
         self._known: dict[bytes, int] = {}  # content -> page
@@ -45,7 +45,7 @@ class PagePool:
     def _grow(self, pages: int) -> None:
         have = len(self._references)
         for store, dims in ((self.keys, "key_dim"), (self.values, "value_dim")):
-            for i, shape in enumerate(self.model.attention_layers):
+            for layer, shape in self.model.attention_layers.items():
                 # Zeros: a masked score times what lies in an unused place must be zero, never NaN.
                 new = torch.zeros(
                     pages,
@@ -56,10 +56,8 @@ class PagePool:
                     device=self.model.device,
                 )
                 if have:
-                    new[:have] = store[i]
-                    store[i] = new
-                else:
-                    store.append(new)
+                    new[:have] = store[layer]
+                store[layer] = new
         self._references += [0] * (pages - have)
         self._free += range(pages - 1, have - 1, -1)
 
@@ -97,7 +95,7 @@ class PagePool:
             self._free.append(page)
 
     def copy(self, source: int, target: int) -> None:
-        for store in (*self.keys, *self.values):
+        for store in (*self.keys.values(), *self.values.values()):
             store[target] = store[source]
 
     def find(self, content: bytes) -> int | None:

@@ -26,6 +26,7 @@ from tinsmith.engine.model.packing import Pass, Segment
 from tinsmith.engine.paged_attention import Chunk, PagedAttention
 from tinsmith.engine.runs import Answer
 from tinsmith.engine.sampling import StopCheck, choose, scaled, top, uniforms
+from tinsmith.engine.states import SampledRecurrence, StatePool
 from tinsmith.wire.sampling import EMPTY_LOGPROB, EMPTY_TOKEN, Sampled, TopK, encode_response
 from tinsmith.wire.training import ContentError
 
@@ -68,6 +69,7 @@ class _Sequence:
     tokens: list[int]
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    slot: int | None = None  # where its recurrent layers' states are
     known: int = 0  # pages whose content has been made known
     content: bytes = b""
     logprobs: list[float] = field(default_factory=list)
@@ -83,6 +85,10 @@ class Sampler:
 
     def __init__(self, model: BaseModel, cache_bytes: int) -> None:
         self.model = model
+        self.states: StatePool | None = None
+        if model.mixers:
+            self.states = StatePool(model, RUNNING, cache_bytes // 2)
+            cache_bytes -= cache_bytes // 2
         self.pool = PagePool(model, cache_bytes)
         self.waiting: deque[_Sequence] = deque()
         self.running: list[_Sequence] = []
@@ -146,7 +152,10 @@ class Sampler:
             sequence = self.waiting[0]
             if self.running and not self._room_for(sequence):
                 return
+            if self.states is not None and (slot := self.states.allocate()) is None:
+                return
             self.waiting.popleft()
+            sequence.slot = slot if self.states is not None else None
             self._take_known_pages(sequence)
             self.running.append(sequence)
 
@@ -159,8 +168,8 @@ class Sampler:
         """Begin behind the longest prefix that the cache knows; the last token is always computed."""
         sequence.content, sequence.known = root(sequence.request.serial), 0
         fresh = not sequence.logprobs
-        if fresh and sequence.request.scores_prompt:
-            return
+        if (fresh and sequence.request.scores_prompt) or self.states is not None:
+            return  # what the recurrent layers make of a prefix is not in its pages
         while (sequence.known + 1) * PAGE < len(sequence.tokens):
             start = sequence.known * PAGE
             content = chain(sequence.content, sequence.tokens[start : start + PAGE])
@@ -180,8 +189,10 @@ class Sampler:
         for sequence in list(self.running):
             if sequence not in self.running:
                 continue  # it has made room
-            missing = len(sequence.tokens) - sequence.computed
+            missing = self._wanted(sequence)
             count = missing if missing == 1 else min(missing, budget)
+            if self.states is not None and count < missing:
+                continue
             if count == 0:
                 continue
             if not self._reserve(sequence, sequence.computed + count):
@@ -190,6 +201,17 @@ class Sampler:
                 budget -= count
             plan.append((sequence, count))
         return [(s, n) for s, n in plan if s in self.running]
+
+    def _wanted(self, sequence: _Sequence) -> int:
+        """How many of its next tokens a sequence would best compute in one step."""
+        missing = len(sequence.tokens) - sequence.computed
+        if self.states is None:
+            return missing
+        # Recurrent layers take one token and many by different formulas, so which way a token goes must not
+        # depend on the company: a prompt in fixed chunks, what has been sampled token by token.
+        chunk = PREFILL_ROWS[self.model.device.type]
+        in_prompt = len(sequence.request.prompt) - sequence.computed
+        return min(in_prompt, chunk - sequence.computed % chunk) if in_prompt > 0 else min(missing, 1)
 
     def _reserve(self, sequence: _Sequence, tokens: int) -> bool:
         while len(sequence.pages) * PAGE < tokens:
@@ -225,6 +247,9 @@ class Sampler:
         for page in sequence.pages:
             self.pool.free(page)
         sequence.pages, sequence.computed, sequence.known = [], 0, 0
+        if self.states is not None and sequence.slot is not None:
+            self.states.free(sequence.slot)
+            sequence.slot = None
 
     def _advance(self, plan: Sequence[tuple[_Sequence, int]]) -> None:
         groups: dict[int, list[tuple[_Sequence, int]]] = {}
@@ -249,10 +274,14 @@ class Sampler:
             segments.append(Segment(start, len(ids), members[0][0].request.weights))
         device = self.model.device
         attention = PagedAttention(self.pool, chunks, len(ids))
+        recurrent = None
+        if self.states is not None:
+            slots = [sequence.slot for sequence, _, _ in placed if sequence.slot is not None]
+            recurrent = SampledRecurrence(self.states, segments, list(zip(chunks, slots, strict=True)))
         hidden = self.model.hidden(
             torch.tensor(ids, device=device),
             torch.tensor(positions, device=device),
-            Pass(segments, attention),
+            Pass(segments, attention, recurrent),
         )
         ready: list[tuple[_Sequence, int]] = []
         for sequence, row, count in placed:
@@ -352,7 +381,7 @@ class Sampler:
             sibling = _Sequence(request, index, list(request.prompt))
             request.live.append(sibling)
             made.append(sibling)
-            if len(self.running) >= RUNNING:
+            if len(self.running) >= RUNNING or not self._share_state(sequence, sibling):
                 self.waiting.append(sibling)  # comes back behind the pages that the cache knows
                 continue
             sibling.pages = sequence.pages[:full]
@@ -363,8 +392,22 @@ class Sampler:
                 self.pool.copy(sequence.pages[full], copied)
                 sibling.pages.append(copied)
                 sibling.computed = len(request.prompt)
+            if self.states is not None and sibling.computed < len(request.prompt):
+                self._free(sibling)  # its state is that behind the whole prompt
+                self.waiting.append(sibling)
+                continue
             self.running.append(sibling)
         return made
+
+    def _share_state(self, sequence: _Sequence, sibling: _Sequence) -> bool:
+        """Give a sibling its copy of the recurrent layers' states, if there is room for one."""
+        if self.states is None:
+            return True
+        sibling.slot = self.states.allocate()
+        if sibling.slot is None or sequence.slot is None:
+            return False
+        self.states.copy(sequence.slot, sibling.slot)
+        return True
 
     # The end of a sequence
 

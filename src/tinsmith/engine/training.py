@@ -21,6 +21,7 @@ from tinsmith.engine.model.attention import TILE, pad_rows, round_up
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights, Gradients, Layout
 from tinsmith.engine.model.packing import Block, PackedSequences, Pass, Segment, running
+from tinsmith.engine.model.recurrent import PackedRecurrence
 from tinsmith.wire.training import Array, ContentError, Datum, TrainingRequest, encode_output
 
 BLOCK_TOKENS = 512  # a block ends before the sequence that would go beyond; a longer sequence is one block
@@ -158,7 +159,8 @@ def run_pass(work: Sequence[tuple[TrainingJob, _Cut]]) -> None:
             spans.append((row, n))
             row += n
         at += cut.rows
-    this = Pass(segments, PackedSequences(spans, rows, model.device))
+    recurrent = PackedRecurrence(segments, spans, model.device) if model.mixers else None
+    this = Pass(segments, PackedSequences(spans, rows, model.device), recurrent)
     with torch.set_grad_enabled(backward), running(this):
         hidden = model.hidden(ids.to(model.device), positions.to(model.device), this)
         gradient = torch.zeros_like(hidden) if backward else None
@@ -256,7 +258,7 @@ def peak_bytes(model: BaseModel, rows: int, longest: int, backward: bool) -> int
     inner = int(getattr(config, "intermediate_size", 0) or 4 * hidden)
     top_k = int(getattr(config, "num_experts_per_tok", 0) or 1)
     heads = int(config.num_attention_heads)
-    dim = model.attention_layers[0].key_dim if model.attention_layers else hidden // heads
+    dim = max((s.key_dim for s in model.attention_layers.values()), default=hidden // heads)
     per_layer = size * (8 * hidden + 6 * heads * dim + 5 * inner * top_k) + 4 * (4 * hidden + 2 * heads * dim)
     layers = int(config.num_hidden_layers) if backward else 2
     scores = 4 * 4 * heads * min(TILE, longest) * round_up(longest, 64)

@@ -18,24 +18,10 @@ HEAD = {"head_dim": 16}
     [
         ("Gemma2", "ForCausalLM", {**SIZES, **HEAD}, "Gemma2Attention caps its attention scores"),
         (
-            "Mamba2",
-            "ForCausalLM",
-            {
-                "hidden_size": 64,
-                "num_hidden_layers": 2,
-                "vocab_size": 512,
-                "num_heads": 8,
-                "head_dim": 16,
-                "state_size": 16,
-                "n_groups": 1,
-            },
-            "no linear layer that counts as attn|only 0 of them are attention",
-        ),
-        (
             "GPT2",
             "LMHeadModel",
             {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512, "n_positions": 512},
-            "no linear layer that counts as attn",
+            "no linear layer that an adapter could be put on",
         ),
     ],
 )

@@ -5,25 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
+from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.experts import expert_slots, experts_forward
 from tinsmith.engine.model.lora import Group, LoraLinear, Slot
-from tinsmith.engine.model.packing import Pass, current_pass, running
+from tinsmith.engine.model.packing import Pass, Segment, current_pass, running
+from tinsmith.engine.model.recurrent import find_mixers, take_apart
 
 UNEMBED = "model.unembed_tokens"  # the name that Tinker's adapter format gives the unembedding
-_ATTENTION = ("attn", "attention")
 
 
 class ModelError(Exception):
@@ -61,6 +62,7 @@ def _attention(
         raise RuntimeError("attention runs inside a pass only")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    module.tinsmith_attends = True  # type: ignore[assignment]  # see _replace
     out = this.attention(layer, query[0], key[0], value[0], scale, sliding_window, s_aux)
     return out.unsqueeze(0), None
 
@@ -83,9 +85,17 @@ class BaseModel:
         self.module, self.tokenizer = _load(name, path, device, dtype)
         self.module.requires_grad_(False).eval()
         self.config = self.module.config.get_text_config()
-        self.slots = list(_replace(self.module))
-        self._body = self.module.base_model
+        whole = self.module.base_model is self.module
+        self._body = self.module.get_decoder() if whole else self.module.base_model
         self._embed = self.module.get_input_embeddings()
+        self.mixers = {name: layer for name, layer, _ in find_mixers(self.module)}
+        for name in self.mixers:
+            if not take_apart(self.mixers[name], self.module.get_submodule(name)):
+                kind = type(self.module.get_submodule(name)).__name__
+                raise ModelError(f"{self.name}: {kind} keeps its state where it cannot be reached")
+        self.mixers_together = True  # whether single tokens may go through them in a batch (exactness.py)
+        self.attention_layers = self._measure_layers()
+        self.slots = list(_replace(self.module, list(self.mixers)))
         self._head = self.module.get_output_embeddings()
         self.vocab_size = int(self._head.out_features)
         limit = int(getattr(self.config, "max_position_embeddings", 0) or 0) or 4096
@@ -97,7 +107,6 @@ class BaseModel:
         self.nbytes = sum(p.numel() * p.element_size() for p in self.module.parameters())
         self.fingerprint = _fingerprint(_folder(path))
         self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
-        self.attention_layers = self._measure_layers()
 
     def hidden(self, token_ids: Tensor, positions: Tensor, this: Pass) -> Tensor:
         """token_ids, positions: int64 [rows], a padded number of them -> final hidden states [rows, hidden].
@@ -126,7 +135,29 @@ class BaseModel:
         """fp32 log-probabilities [n, vocab]: the one function behind every logprob, trained or sampled."""
         return torch.log_softmax(logits.float(), dim=-1)
 
-    def _measure_layers(self) -> list[LayerShape]:
+    def plain(self, token_ids: Tensor, cache: Any = None) -> Tensor:
+        """Final hidden states [n, hidden] of one sequence, int64 [n], through transformers' own attention
+        and recurrence, without adapters; an empty `cache` is filled."""
+        self.module.set_attn_implementation("eager")
+        try:
+            positions = torch.arange(len(token_ids), device=self.device)
+            with running(Pass([Segment(0, len(token_ids), None)])):
+                out = self._body(
+                    inputs_embeds=self._embed(token_ids.unsqueeze(0)),
+                    position_ids=positions.unsqueeze(0),
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                )
+        finally:
+            self.module.set_attn_implementation("tinsmith")
+        hidden: Tensor = out.last_hidden_state
+        return hidden[0]
+
+    def new_state(self) -> Any:
+        """An empty cache of transformers' own class, for the states of recurrent layers."""
+        return DynamicCache(config=self.module.config)
+
+    def _measure_layers(self) -> dict[int, LayerShape]:
         """Run one token through and look at what each attention layer is given."""
         shapes: dict[int, LayerShape] = {}
 
@@ -142,13 +173,16 @@ class BaseModel:
             shapes[layer] = LayerShape(k.shape[0], k.shape[-1], v.shape[-1])
             return q.new_zeros(q.shape[1], q.shape[0], v.shape[-1])
 
-        from tinsmith.engine.model.attention import PADDING
-        from tinsmith.engine.model.packing import Segment
-
         zeros = torch.zeros(PADDING.rows, dtype=torch.int64, device=self.device)
-        with torch.no_grad():
-            self.hidden(zeros, zeros, Pass([Segment(0, PADDING.rows, None)], look))
-        return [shapes[i] for i in sorted(shapes)]
+        try:
+            with torch.no_grad():
+                self.hidden(zeros, zeros, Pass([Segment(0, PADDING.rows, None)], look))
+        except ModelError:
+            raise
+        except Exception as error:
+            kind = type(self.module).__name__
+            raise ModelError(f"{self.name}: {kind} cannot be run here: {_short(error)}") from error
+        return {i: shapes[i] for i in sorted(shapes)}
 
 
 def _load(name: str, path: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -179,30 +213,44 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
-def _replace(module: Any) -> Iterator[Slot]:
-    """Put adapters' layers in the place of the linear layers and experts; yields their slots in order."""
+def _replace(module: Any, mixers: Sequence[str]) -> Iterator[Slot]:
+    """Put adapters' layers in the place of the linear layers and experts; yields their slots in order.
+
+    What lies inside a mixer, or a module that has called the attention interface, counts as attention.
+    """
     head = module.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError("the model has no linear unembedding")
+    attention = [*mixers, *(n for n, m in module.named_modules() if hasattr(m, "tinsmith_attends"))]
     for name, child in list(module.named_modules()):
         if hasattr(child, "_apply_gate") and hasattr(child, "down_proj") and hasattr(child, "is_transposed"):
             child.tinsmith_name = name
             yield from expert_slots(name, child)
         elif isinstance(child, nn.Linear):
-            slot = Slot(
-                UNEMBED if child is head else name,
-                "unembed" if child is head else _group(name),
-                child.in_features,
-                child.out_features,
-            )
             parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, LoraLinear(child, slot))
-            yield slot
+            if leaf.endswith("gate") and child.out_features == 1:
+                continue  # it weighs a shared expert, as a router does
+            owner = next((a for a in attention if name.startswith(f"{a}.")), None)
+            group: Group = "unembed" if child is head else "mlp" if owner is None else "attn"
+            parts = {UNEMBED: child.out_features} if child is head else {name: child.out_features}
+            if owner in mixers:
+                parts = _parts(name, child, module.get_submodule(owner))
+            slots = [Slot(part, group, child.in_features, size) for part, size in parts.items()]
+            setattr(module.get_submodule(parent), leaf, LoraLinear(child, slots))
+            yield from slots
 
 
-def _group(name: str) -> Group:
-    """Attention, if a part of the path says so, else MLP."""
-    return "attn" if any(word in part for part in name.split(".") for word in _ATTENTION) else "mlp"
+def _parts(name: str, linear: nn.Linear, mixer: nn.Module) -> dict[str, int]:
+    """The adapters of one projection of a mixer and the outputs of each, as Tinker's format has them: a
+    fused q, k and v have their own ones; of Mamba-2's input projection the gate and x have one."""
+    prefix, _, leaf = name.rpartition(".")
+    if leaf == "in_proj_qkv" and hasattr(mixer, "key_dim"):
+        sizes = {"in_proj_q": mixer.key_dim, "in_proj_k": mixer.key_dim, "in_proj_v": mixer.value_dim}
+    elif leaf == "in_proj" and {"intermediate_size", "conv_dim", "num_heads"} <= vars(mixer).keys():
+        sizes = {"gate_proj": mixer.intermediate_size, "x_proj": mixer.intermediate_size}
+    else:
+        return {name: linear.out_features}
+    return {f"{prefix}.{part}": int(size) for part, size in sizes.items()}  # type: ignore[arg-type]
 
 
 def _eos(module: Any, tokenizer: Any) -> tuple[int, ...]:

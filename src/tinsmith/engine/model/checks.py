@@ -1,9 +1,9 @@
 """What a model must pass when it is loaded, before a run may trust it.
 
 Which architectures train and sample here is not a list of names: two short sequences are run packed and
-apart, and one through transformers' own attention. A family whose layers carry state along the row
-dimension (linear attention, Mamba), or whose attention has a feature that ours lacks, is refused by name
-rather than trained wrongly.
+apart, and each through transformers' own attention and recurrence. A family that mixes packed sequences
+in a way that is not known here, or whose attention has a feature that ours lacks, is refused by name rather
+than trained wrongly.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.base import BaseModel, ModelError
 from tinsmith.engine.model.packing import PackedSequences, Pass, Segment
+from tinsmith.engine.model.recurrent import PackedRecurrence
 
 _LENGTHS = (21, 12)
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -23,17 +24,10 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 def check(model: BaseModel) -> None:
     """Raises ModelError, naming the architecture and what disagrees."""
     architecture = type(model.module).__name__
-    for group in ("attn", "mlp"):
-        if not any(slot.group == group for slot in model.slots):
-            raise ModelError(
-                f"{model.name}: {architecture} has no linear layer that counts as {group}, so an adapter "
-                "would miss it; such models cannot be served yet"
-            )
-    layers = int(getattr(model.config, "num_hidden_layers", 0))
-    if len(model.attention_layers) != layers:
+    if not any(slot.group != "unembed" for slot in model.slots):
         raise ModelError(
-            f"{model.name}: {architecture} has {layers} layers, but only {len(model.attention_layers)} of "
-            "them are attention; models with recurrent layers (linear attention, Mamba) cannot be served yet"
+            f"{model.name}: {architecture} has no linear layer that an adapter could be put on; such models "
+            "cannot be served"
         )
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randint(0, model.vocab_size, (n,), generator=generator) for n in _LENGTHS)
@@ -47,11 +41,11 @@ def check(model: BaseModel) -> None:
                 f"{model.name}: {architecture} gives the {name} of two packed sequences another result than "
                 "the sequence by itself; such models cannot be served yet"
             )
-    if _differs(_plain(model, first), _hidden(model, [first]), model.dtype):
-        raise ModelError(
-            f"{model.name}: {architecture} has an attention that differs from this server's; such models "
-            "cannot be served yet"
-        )
+        if _differs(model.plain(text.to(model.device)), ours, model.dtype):
+            raise ModelError(
+                f"{model.name}: {architecture} has an attention or a recurrence that differs from this "
+                "server's; such models cannot be served yet"
+            )
 
 
 def _hidden(model: BaseModel, texts: list[Tensor]) -> Tensor:
@@ -64,18 +58,10 @@ def _hidden(model: BaseModel, texts: list[Tensor]) -> Tensor:
         spans.append((at, len(text)))
         ids[at : at + len(text)], positions[at : at + len(text)] = text, torch.arange(len(text))
         at += len(text)
-    this = Pass([Segment(0, rows, None)], PackedSequences(spans, rows, model.device))
+    segments = [Segment(0, rows, None)]
+    recurrent = PackedRecurrence(segments, spans, model.device) if model.mixers else None
+    this = Pass(segments, PackedSequences(spans, rows, model.device), recurrent)
     return model.hidden(ids.to(model.device), positions.to(model.device), this)[:at]
-
-
-def _plain(model: BaseModel, text: Tensor) -> Tensor:
-    """Hidden states of one text by transformers' own eager attention."""
-    model.module.set_attn_implementation("eager")
-    try:
-        ids, positions = text.to(model.device), torch.arange(len(text), device=model.device)
-        return model.hidden(ids, positions, Pass([Segment(0, len(text), None)]))
-    finally:
-        model.module.set_attn_implementation("tinsmith")
 
 
 def _differs(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.lora import AdapterWeights, Gradients, Slot
-from tinsmith.engine.model.packing import Pass, Segment, current_pass
+from tinsmith.engine.model.packing import Pass, current_pass, units
 
 
 @dataclass(slots=True)
@@ -41,13 +41,13 @@ class _Plan:
 def _plan(this: Pass, experts: Tensor, count: int) -> _Plan:
     """Where each pair of `experts` [tokens, k] goes."""
     tokens, k = experts.shape
-    units: list[tuple[AdapterWeights | None, Gradients | None]] = []
+    owners: list[tuple[AdapterWeights | None, Gradients | None]] = []
     unit_of_row = torch.zeros(tokens, dtype=torch.int64)
     for segment in this.segments:
-        for start, stop, gradients in _units(segment):
-            unit_of_row[start:stop] = len(units)
-            units.append((segment.weights, gradients))
-    n = len(units)
+        for start, stop, gradients in units(segment):
+            unit_of_row[start:stop] = len(owners)
+            owners.append((segment.weights, gradients))
+    n = len(owners)
     key = (experts.cpu() * n + unit_of_row[:, None]).flatten()
     order = torch.argsort(key, stable=True)
     sizes = torch.bincount(key, minlength=count * n)
@@ -61,18 +61,12 @@ def _plan(this: Pass, experts: Tensor, count: int) -> _Plan:
     for index in sizes.nonzero().flatten().tolist():
         expert, unit = divmod(index, n)
         start, stop = int(starts[index]), int(starts[index] + padded[index])
-        groups.append(_Group(expert, start, stop, *units[unit]))
+        groups.append(_Group(expert, start, stop, *owners[unit]))
         if spans and spans[-1][0] == expert:
             spans[-1] = (expert, spans[-1][1], stop)
         else:
             spans.append((expert, start, stop))
     return _Plan(groups, spans, place.to(experts.device), int(padded.sum()))
-
-
-def _units(segment: Segment) -> list[tuple[int, int, Gradients | None]]:
-    if segment.blocks:
-        return [(b.start, b.stop, b.gradients) for b in segment.blocks]
-    return [(segment.start, segment.stop, None)]
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -136,12 +130,12 @@ def _factors(group: _Group, name: str) -> tuple[Tensor, Tensor] | None:
 def expert_slots(name: str, module: Any) -> list[Slot]:
     """The slots of an experts module: w1 (gate) and w3 (up) share A, w2 (down) shares B, Tinker's names.
 
-    Without a gate there is no w1.
+    Without a gate w1 is the up projection, and there is no w3.
     """
     up = module.gate_up_proj if module.has_gate else module.up_proj
     e, hidden, inner = _dims(up, module.is_transposed)
     inner = inner // 2 if module.has_gate else inner
-    ups = ["w1", "w3"] if module.has_gate else ["w3"]
+    ups = ["w1", "w3"] if module.has_gate else ["w1"]
     slots = [Slot(f"{name}.{w}", "mlp", hidden, inner, e, "A") for w in ups]
     return [*slots, Slot(f"{name}.w2", "mlp", inner, hidden, e, "B")]
 
@@ -169,7 +163,7 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
     tokens, k = top_k_index.shape
     pairs = torch.arange(tokens, device=hidden.device).repeat_interleave(k)
     x = hidden.new_zeros(plan.rows, hidden.shape[1]).index_copy(0, plan.place, hidden.index_select(0, pairs))
-    name = self.tinsmith_name
+    name = getattr(self, "tinsmith_name", "")
     if self.has_gate:
         inner = up.shape[1] // 2
         gate, rest = (
@@ -180,7 +174,7 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
         y = _GroupedLinear.apply(x, up, up_bias, plan, [(f"{name}.w1", gate), (f"{name}.w3", rest)])
         y = self._apply_gate(y)
     else:
-        y = self.act_fn(_GroupedLinear.apply(x, up, up_bias, plan, [(f"{name}.w3", slice(None))]))
+        y = self.act_fn(_GroupedLinear.apply(x, up, up_bias, plan, [(f"{name}.w1", slice(None))]))
     z = _GroupedLinear.apply(y, down, down_bias, plan, [(f"{name}.w2", slice(None))])
     out = z.index_select(0, plan.place).view(tokens, k, -1) * top_k_weights.unsqueeze(-1)
     return out.sum(dim=1).to(hidden.dtype)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -170,50 +171,62 @@ class Gradients:
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, this: Pass) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, this: Pass) -> Tensor:
         y = F.linear(x, weight, bias)
         hidden: list[Tensor | None] = []
         for segment in this.segments:
-            ab = segment.weights.get(name) if segment.weights is not None else None
-            if ab is None:
-                hidden.append(None)
-                continue
-            h = F.linear(x[segment.start : segment.stop], ab[0])
-            y[segment.start : segment.stop] += F.linear(h, ab[1])
-            hidden.append(h)
+            for name, columns in parts:
+                ab = segment.weights.get(name) if segment.weights is not None else None
+                if ab is None:
+                    hidden.append(None)
+                    continue
+                h = F.linear(x[segment.start : segment.stop], ab[0])
+                y[segment.start : segment.stop, columns] += F.linear(h, ab[1])
+                hidden.append(h)
         ctx.save_for_backward(x, weight, *[h for h in hidden if h is not None])
-        ctx.has, ctx.name, ctx.this = [h is not None for h in hidden], name, this
+        ctx.has, ctx.parts, ctx.this = [h is not None for h in hidden], parts, this
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, weight, *saved = ctx.saved_tensors
-        hidden = iter(saved)
+        hidden, has = iter(saved), iter(ctx.has)
         dx = dy @ weight
-        for segment, has in zip(ctx.this.segments, ctx.has, strict=True):
-            if not has:
-                continue
-            h, (a, b) = next(hidden), segment.weights.get(ctx.name)
+        for segment in ctx.this.segments:
             rows = slice(segment.start, segment.stop)
-            dh = dy[rows] @ b
-            dx[rows] += dh @ a
-            for block in segment.blocks:
-                inner = slice(block.start - segment.start, block.stop - segment.start)
-                outer = slice(block.start, block.stop)
-                block.gradients.add(ctx.name, None, x[outer], h[inner], dy[outer], dh[inner])
+            for name, columns in ctx.parts:
+                if not next(has):
+                    continue
+                h, (a, b) = next(hidden), segment.weights.get(name)
+                dy_part = dy[rows, columns].contiguous()
+                dh = dy_part @ b
+                dx[rows] += dh @ a
+                for block in segment.blocks:
+                    inner = slice(block.start - segment.start, block.stop - segment.start)
+                    outer = slice(block.start, block.stop)
+                    block.gradients.add(name, None, x[outer], h[inner], dy_part[inner], dh[inner])
         return dx, None, None, None, None
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer that applies each row's own adapter."""
+Parts = Sequence[tuple[str, slice]]  # (slot name, columns of the output) of what a layer fuses
 
-    def __init__(self, base: nn.Linear, slot: Slot) -> None:
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer that applies each row's own adapters: one slot, or one for every part of the
+    output, in order, where the model fuses several projections."""
+
+    def __init__(self, base: nn.Linear, slots: Sequence[Slot]) -> None:
         super().__init__()
         self.weight = base.weight
         self.bias = base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.slot = slot
+        self.slots = list(slots)
+        self.parts: list[tuple[str, slice]] = []
+        at = 0
+        for slot in slots:
+            self.parts.append((slot.name, slice(at, at + slot.out_features)))
+            at += slot.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., rows, in] of the current pass's rows -> [..., rows, out]."""
@@ -221,5 +234,9 @@ class LoraLinear(nn.Module):
         if this is None:
             return F.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
-        y: Tensor = _LoraLinear.apply(flat, self.weight, self.bias, self.slot.name, this)
+        if this.places is not None:
+            flat = flat.index_select(0, this.places.of_rows)
+        y: Tensor = _LoraLinear.apply(flat, self.weight, self.bias, self.parts, this)
+        if this.places is not None:
+            y = y.index_select(0, this.places.of_batch)
         return y.view(*x.shape[:-1], self.out_features)

@@ -8,11 +8,11 @@ is what makes a matrix product's rows independent of their number (see exactness
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,13 @@ class Segment:
     blocks: list[Block] = field(default_factory=list)
 
 
+def units(segment: Segment) -> list[tuple[int, int, Gradients | None]]:
+    """(start, stop, gradients) of what is computed by itself: a training block, or a whole segment."""
+    if segment.blocks:
+        return [(b.start, b.stop, b.gradients) for b in segment.blocks]
+    return [(segment.start, segment.stop, None)]
+
+
 class AttentionBackend(Protocol):
     """Attention of one layer over a pass's rows."""
 
@@ -58,12 +65,33 @@ class AttentionBackend(Protocol):
         """q: [Hq, rows, Dk], k: [Hkv, rows, Dk], v: [Hkv, rows, Dv], the model's dtype -> [rows, Hq, Dv]."""
 
 
+class RecurrentBackend(Protocol):
+    """A layer with a state of its own (linear attention, Mamba), over a pass's rows."""
+
+    def __call__(self, layer: int, mixer: Mixer, hidden: Tensor) -> Tensor:
+        """hidden: [rows, H] -> [rows, H], each sequence by itself."""
+
+
+Mixer = Callable[[Tensor, Any], Tensor]  # ([B, L, H], transformers' cache or None) -> [B, L, H]
+
+
+@dataclass(slots=True)
+class Places:
+    """How the rows of a pass stand in a batch [B, L] of whole sequences."""
+
+    of_rows: Tensor  # int64 [rows]: the flat place of each row; padding rows repeat any place
+    of_batch: Tensor  # int64 [B * L]: the row of each place; padding places repeat a row of their sequence
+
+
 @dataclass(slots=True)
 class Pass:
-    """One trip of packed rows through the model."""
+    """One trip of packed rows through the model. While a recurrent layer works on a batch of sequences,
+    the pass is one over their rows alone, and `places` says where they are."""
 
     segments: Sequence[Segment]
     attention: AttentionBackend | None = None
+    recurrent: RecurrentBackend | None = None
+    places: Places | None = None
 
 
 _current: ContextVar[Pass | None] = ContextVar("tinsmith_pass", default=None)
