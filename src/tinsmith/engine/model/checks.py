@@ -60,7 +60,7 @@ def _hidden(model: BaseModel, texts: list[Tensor]) -> Tensor:
         at += len(text)
     segments = [Segment(0, rows, None)]
     recurrent = PackedRecurrence(segments, spans, model.device) if model.mixers else None
-    this = Pass(segments, PackedSequences(spans, rows, model.device), recurrent)
+    this = Pass(segments, PackedSequences(spans, rows, model.device, model.dtype), recurrent)
     return model.hidden(ids.to(model.device), positions.to(model.device), this)[:at]
 
 
