@@ -106,6 +106,19 @@ class TestRuns:
         assert probe(engine, "r") == before
         assert engine.runs["r"].live.step == steps
 
+    def test_a_step_beyond_fp32_is_refused_and_changes_nothing(self, engine: Engine) -> None:
+        body = request([tokens(30, 1)])
+        ok(engine, CreateAdapter("r", MODEL, SPEC), *step_of("r", 1), ForwardBackward("r", 3, body))
+        before = [x.clone() for x in (engine.runs["r"].live.params, engine.runs["r"].live.first)]
+        for params in (AdamParams(learning_rate=1e300), AdamParams(learning_rate=1e30, weight_decay=1e30)):
+            (refused,) = tell(engine, OptimStep("r", 4, params))
+            assert isinstance(refused, Failed)
+            assert "learning_rate" in refused.message
+        state = engine.runs["r"].live
+        assert torch.equal(before[0], state.params)
+        assert torch.equal(before[1], state.first)
+        assert ok(engine, OptimStep("r", 5, AdamParams()))[0].payload["metrics"]  # type: ignore[index]
+
     def test_pipelined_commands_run_in_order(self, engine: Engine) -> None:
         ok(engine, CreateAdapter("a", MODEL, SPEC), CreateAdapter("b", MODEL, SPEC))
         ok(engine, *step_of("a", 1), *step_of("a", 3), *step_of("a", 5))

@@ -21,7 +21,10 @@ from tinsmith.engine.model.packing import PackedSequences, Pass, Segment, runnin
 from tinsmith.engine.paged_attention import Chunk, PagedAttention
 from tinsmith.engine.states import SampledRecurrence, StatePool
 
-_BATCH = 5  # sequences that go through the recurrent layers together
+_TOGETHER = (1, 2, 3, 4, 5, 7, 8, 13, 21)  # how many sequences go through the recurrent layers at a time
+_BATCHES = (1, 4, 8, 16)  # what their number is filled up to: the smallest multiple that is exact
+_NARROW = 16
+_DRAWS = 24  # times that is tried: two ways to a function differ in the last bit of few numbers only
 _COUNTS = (1, 2, 3, 5, 11)  # how many times the padding: odd counts reach the kernels' remainders
 
 
@@ -34,7 +37,7 @@ def settle(models: Sequence[BaseModel], max_rank: int) -> dict[str, list[str]]:
     Returns what is not invariant even so, by model; then the smallest padding stays.
     """
     for model in models:
-        model.mixers_together = _mixers_hold(model)
+        _settle_mixers(model)
     first: dict[str, list[str]] | None = None
     for PADDING.rows in PADDINGS:
         found = {model.name: failures(model, max_rank) for model in models}
@@ -59,12 +62,19 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
     products = {(i, o) for i, o in shapes if i * o <= 1 << 26}
     products |= {(i, r) for i, _ in shapes for r in ranks} | {(r, o) for _, o in shapes for r in ranks}
     products |= {(o, i) for i, o in products}
+    products |= model.routers
     for inner, outer in sorted(products):
-        if not _rows_hold(random(max(_COUNTS) * PADDING.rows * 2, inner), random(outer, inner) * inner**-0.5):
-            found.append(f"linear {inner} -> {outer} in {model.dtype}")
+        narrow = min(inner, outer) < _NARROW
+        for _ in range(_DRAWS if narrow else 1):
+            x = random((5 if narrow else 2) * max(_COUNTS) * PADDING.rows, inner)
+            if not _rows_hold(x, random(outer, inner) * inner**-0.5):
+                found.append(f"linear {inner} -> {outer} in {model.dtype}")
+                break
     for shape, layer in {shape: layer for layer, shape in model.attention_layers.items()}.items():
         if not _attention_holds(model, layer, random):
             found.append(f"attention with heads of {shape.key_dim} in {model.dtype}")
+    if model.has_gates and not _sigmoid_holds(random(_DRAWS, 3 * PADDING.rows, 1)):
+        found.append(f"sigmoid of one number a row in {model.dtype}")
     table = random(max(_COUNTS) * PADDING.rows, model.vocab_size)
     if any(
         not torch.equal(model.log_softmax(table[:n]), model.log_softmax(table)[:n])
@@ -74,45 +84,69 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
     return found
 
 
+def _settle_mixers(model: BaseModel) -> None:
+    """Find how single tokens may go through the recurrent layers together and keep their bits: their
+    elementwise functions take the last few numbers of a tensor by another way than the rest."""
+    if model.mixers:
+        for model.mixers_padding in _BATCHES:
+            if _mixers_hold(model):
+                return
+    model.mixers_padding = 0
+
+
 @torch.no_grad()
 def _mixers_hold(model: BaseModel) -> bool:
     """Whether a token goes through the recurrent layers with the same bits alone and in a batch."""
-    if not model.mixers:
-        return True
-    pool, count, prompt = StatePool(model, 2 * _BATCH, 1 << 62), _BATCH, 3
+    most, prompt = max(_TOGETHER), 3
+    pool = StatePool(model, 2 * most, 1 << 62)
     generator = torch.Generator().manual_seed(0)
-    width = int(model.config.hidden_size)
+    # They are all alike, so one speaks for them.
+    mixer = model.module.get_submodule(next(iter(model.mixers)))
+
+    def random(rows: int) -> Tensor:
+        width = int(model.config.hidden_size)
+        return torch.randn(pad_rows(rows), width, generator=generator).to(model.device, model.dtype)
 
     def run(chunks: list[tuple[Chunk, int]], hidden: Tensor) -> Tensor:
         segments = [Segment(0, len(hidden), None)]
         with running(Pass(segments, None, SampledRecurrence(pool, segments, chunks))):
-            mixers = [model.module.get_submodule(name) for name in model.mixers]
-            return torch.cat([mixer(hidden.unsqueeze(0))[0] for mixer in mixers], dim=-1)
+            return mixer(hidden.unsqueeze(0))[0]
 
-    def random(rows: int) -> Tensor:
-        return torch.randn(pad_rows(rows), width, generator=generator).to(model.device, model.dtype)
+    def step(tokens: Tensor, count: int) -> Tensor:
+        for i in range(count):
+            pool.copy(i, most + i)
+        chunks = [(Chunk(i, 1, prompt, ()), most + i) for i in range(count)]
+        return run(chunks, tokens[: pad_rows(count)])[:count]
 
-    run([(Chunk(i * prompt, prompt, 0, ()), i) for i in range(count)], random(count * prompt))
-    for i in range(count):
-        pool.copy(i, count + i)
-    tokens = random(count)
-    together = run([(Chunk(i, 1, prompt, ()), i) for i in range(count)], tokens)
-    for i in range(count):
-        alone = run([(Chunk(0, 1, prompt, ()), count + i)], tokens[i : i + 1].expand(pad_rows(1), -1))
-        if not torch.equal(alone[0], together[i]):
+    run([(Chunk(i * prompt, prompt, 0, ()), i) for i in range(most)], random(most * prompt))
+    for _ in range(_DRAWS):
+        tokens = random(most)
+        whole = step(tokens, most)
+        if not all(torch.equal(step(tokens, count), whole[:count]) for count in _TOGETHER):
             return False
     return True
 
 
+def _sigmoid_holds(x: Tensor) -> bool:
+    """x: [draws, rows, width]. A tensor's last few numbers go another way than the rest."""
+    part = slice(PADDING.rows, 2 * PADDING.rows)
+    return all(torch.equal(torch.sigmoid(rows[part].clone()), torch.sigmoid(rows)[part]) for rows in x)
+
+
 def _rows_hold(x: Tensor, weight: Tensor) -> bool:
-    whole, back = F.linear(x, weight), x @ weight.T.contiguous()
-    for count in _COUNTS:
-        for start in (0, PADDING.rows * max(_COUNTS)):
-            rows = slice(start, start + count * PADDING.rows)
-            if not torch.equal(F.linear(x[rows], weight), whole[rows]):
-                return False
-            if not torch.equal(x[rows] @ weight.T.contiguous(), back[rows]):
-                return False
+    """x: [rows, in], weight: [out, in]. Narrow products go other ways than wide ones, which differ seldom:
+    those are tried in many places."""
+    back = weight.T.contiguous()
+    whole, whole_back = F.linear(x, weight), x @ back
+    tries = [(c, start) for c in _COUNTS for start in (0, PADDING.rows * max(_COUNTS))]
+    if min(weight.shape) < _NARROW:
+        tries += [(1, start) for start in range(0, len(x), PADDING.rows)]
+    for count, start in tries:
+        rows = slice(start, start + count * PADDING.rows)
+        if not torch.equal(F.linear(x[rows], weight), whole[rows]):
+            return False
+        if not torch.equal(x[rows] @ back, whole_back[rows]):
+            return False
     return True
 
 

@@ -54,10 +54,10 @@ class StatePool:
                 into.has_previous_state[index] = True
 
     def store(self, layer: int, slots: Tensor, cache: Any) -> None:
-        """Take the states of a batch back into `slots`."""
+        """Take the states of a batch back into `slots`; more of them than slots are padding."""
         for (owner, kind, index), x in self._tensors.items():
             if owner == layer:
-                x[slots] = getattr(cache.layers[layer], kind)[index]
+                x[slots] = getattr(cache.layers[layer], kind)[index][: len(slots)]
 
 
 def _one_token(model: BaseModel) -> list[tuple[int, tuple[str, int], Tensor]]:
@@ -77,36 +77,46 @@ def _one_token(model: BaseModel) -> list[tuple[int, tuple[str, int], Tensor]]:
 class SampledRecurrence:
     """The sampler's backend: every sequence goes on from its own slot.
 
-    Single tokens of running sequences go together where that changes no bit (see exactness.py); a chunk
-    of a prompt goes by itself.
+    Single tokens of running sequences go together, filled up to whatever number makes that change no bit
+    (exactness.py); a chunk of a prompt goes by itself.
     """
 
     def __init__(
         self, pool: StatePool, segments: Sequence[Segment], chunks: Sequence[tuple[Chunk, int]]
     ) -> None:
         """chunks: each with its sequence's slot, in order of their rows."""
-        device = pool.model.device
+        device, multiple = pool.model.device, pool.model.mixers_padding
         self.pool = pool
-        self.groups: list[tuple[Apart, Tensor, bool]] = []  # with the slots, and whether they hold a state
+        # With the slots to go on from, or None at the beginning of a sequence, and those to write.
+        self.groups: list[tuple[Apart, Tensor | None, Tensor]] = []
         batches: dict[int, list[tuple[Chunk, int]]] = {}
         for chunk, slot in chunks:
-            joins = chunk.length == 1 and chunk.position and pool.model.mixers_together
+            joins = chunk.length == 1 and chunk.position and multiple
             batches.setdefault(-1 if joins else slot, []).append((chunk, slot))
-        for members in batches.values():
+        for key, members in batches.items():
+            first, slots = members[0][0], [slot for _, slot in members]
+            group = apart(
+                segments,
+                [(c.row, c.length) for c, _ in members],
+                first.length,
+                device,
+                multiple if key == -1 else 1,
+            )
+            filled = slots + slots[:1] * (group.count - len(slots))
             self.groups.append(
                 (
-                    apart(segments, [(c.row, c.length) for c, _ in members], members[0][0].length, device),
-                    torch.tensor([slot for _, slot in members], device=device),
-                    members[0][0].position > 0,
+                    group,
+                    torch.tensor(filled, device=device) if first.position else None,
+                    torch.tensor(slots, device=device),
                 )
             )
 
     def __call__(self, layer: int, mixer: Mixer, hidden: Tensor) -> Tensor:
         out = torch.zeros_like(hidden)
-        for group, slots, goes_on in self.groups:
+        for group, before, after in self.groups:
             cache = self.pool.model.new_state()
-            if goes_on:
-                self.pool.load(layer, slots, cache)
+            if before is not None:
+                self.pool.load(layer, before, cache)
             out[group.rows.index_select(0, group.real)] = group.run(mixer, hidden, cache)
-            self.pool.store(layer, slots, cache)
+            self.pool.store(layer, after, cache)
         return out

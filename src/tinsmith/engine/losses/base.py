@@ -13,6 +13,8 @@ from tinsmith.wire.training import Array, ContentError, Datum
 
 Inputs = Mapping[str, Tensor]
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -42,8 +44,8 @@ class Loss:
                 number = float(value)
             except ValueError:
                 number = math.nan
-            if not math.isfinite(number):
-                raise ContentError(f"loss_fn_config[{key!r}] is {value!r}; it must be a finite number")
+            if not abs(number) <= _LARGEST:
+                raise ContentError(f"loss_fn_config[{key!r}] is {value!r}; it must be a finite fp32 number")
             settings[key] = number
         return settings
 

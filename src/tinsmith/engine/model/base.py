@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.experts import expert_slots, experts_forward
-from tinsmith.engine.model.lora import Group, LoraLinear, Slot
+from tinsmith.engine.model.lora import GateLinear, Group, LoraLinear, Slot
 from tinsmith.engine.model.packing import Pass, Segment, current_pass, running
 from tinsmith.engine.model.recurrent import find_mixers, take_apart
 
@@ -93,9 +93,19 @@ class BaseModel:
             if not take_apart(self.mixers[name], self.module.get_submodule(name)):
                 kind = type(self.module.get_submodule(name)).__name__
                 raise ModelError(f"{self.name}: {kind} keeps its state where it cannot be reached")
-        self.mixers_together = True  # whether single tokens may go through them in a batch (exactness.py)
+        # Single tokens go through the mixers in batches of a multiple of this, or alone if 0 (exactness.py).
+        self.mixers_padding = 0
         self.attention_layers = self._measure_layers()
         self.slots = list(_replace(self.module, list(self.mixers)))
+        self.has_gates = any(isinstance(m, GateLinear) for m in self._body.modules())
+        # (in, out) of the products that routers make with their own weights
+        self.routers = {
+            (w.shape[1], w.shape[0])
+            for m in self._body.modules()
+            if not isinstance(m, (nn.Embedding, LoraLinear, GateLinear))
+            and isinstance(w := getattr(m, "weight", None), Tensor)
+            and w.dim() == 2
+        }
         self._head = self.module.get_output_embeddings()
         self.vocab_size = int(self._head.out_features)
         limit = int(getattr(self.config, "max_position_embeddings", 0) or 0) or 4096
@@ -229,7 +239,9 @@ def _replace(module: Any, mixers: Sequence[str]) -> Iterator[Slot]:
         elif isinstance(child, nn.Linear):
             parent, _, leaf = name.rpartition(".")
             if leaf.endswith("gate") and child.out_features == 1:
-                continue  # it weighs a shared expert, as a router does
+                # It weighs a shared expert, as a router does: no adapter.
+                setattr(module.get_submodule(parent), leaf, GateLinear(child))
+                continue
             owner = next((a for a in attention if name.startswith(f"{a}.")), None)
             group: Group = "unembed" if child is head else "mlp" if owner is None else "attn"
             parts = {UNEMBED: child.out_features} if child is head else {name: child.out_features}

@@ -240,3 +240,19 @@ class LoraLinear(nn.Module):
         if this.places is not None:
             y = y.index_select(0, this.places.of_batch)
         return y.view(*x.shape[:-1], self.out_features)
+
+
+class GateLinear(nn.Module):
+    """A frozen linear layer with a single output: [..., in] -> [..., 1].
+
+    A product with one column takes a kernel whose rows depend on their number; this one has sixteen.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.pad(base.weight, (0, 0, 0, 15)), requires_grad=False)
+        self.bias = base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)[..., :1]
+        return y if self.bias is None else y + self.bias

@@ -80,11 +80,17 @@ class Apart:
 
 
 def apart(
-    segments: Sequence[Segment], spans: Sequence[tuple[int, int]], length: int, device: torch.device
+    segments: Sequence[Segment],
+    spans: Sequence[tuple[int, int]],
+    length: int,
+    device: torch.device,
+    multiple: int = 1,
 ) -> Apart:
-    """The sequences at `spans` (first row, number of rows, at most `length`), in order of their rows."""
-    of_batch = torch.zeros(len(spans), length, dtype=torch.int64)
-    packed = torch.zeros(len(spans), length, dtype=torch.int64)
+    """The sequences at `spans` (first row, number of rows, at most `length`), in order of their rows; the
+    batch is filled up to a multiple of `multiple` sequences with copies of a row."""
+    count = round_up(len(spans), multiple)
+    of_batch = torch.zeros(count, length, dtype=torch.int64)
+    packed = torch.full((count, length), spans[0][0], dtype=torch.int64)
     of_rows: list[Tensor] = []
     inner: list[Segment] = []
     at = index = 0
@@ -113,7 +119,7 @@ def apart(
         raise ValueError("a sequence stands outside of the pass's segments, or out of order")
     real = torch.cat([i * length + torch.arange(n) for i, (_, n) in enumerate(spans)])
     places = Places(torch.cat(of_rows).to(device), of_batch.flatten().to(device))
-    return Apart(Pass(inner, places=places), len(spans), length, packed.flatten().to(device), real.to(device))
+    return Apart(Pass(inner, places=places), count, length, packed.flatten().to(device), real.to(device))
 
 
 class PackedRecurrence:
@@ -133,7 +139,11 @@ class PackedRecurrence:
             while start >= ends[unit][0]:
                 unit += 1
             groups.setdefault((unit, round_up(n, PAGE)), []).append((start, n))
-        self.groups = [apart(segments, members, length, device) for (_, length), members in groups.items()]
+        # Backward goes from the last to the first, and adds a request's gradients block after block.
+        self.groups = [
+            apart(segments, members, length, device)
+            for (_, length), members in sorted(groups.items(), reverse=True)
+        ]
 
     def __call__(self, layer: int, mixer: Mixer, hidden: Tensor) -> Tensor:
         out = torch.zeros_like(hidden)
