@@ -344,6 +344,13 @@ class TestContent:
         with pytest.raises(ContentError, match=r"chunks\[0\] would become 8 tokens; .* at most 7"):
             Sampler(model, PLENTY).add(command, None, lambda _: None)
 
+    def test_an_image_that_the_memory_cannot_hold_is_refused(self, seeing: Folder) -> None:
+        model = load(seeing("Qwen3VL"))
+        assert model.vision is not None
+        model.vision.most_bytes = 10_000
+        with pytest.raises(ContentError, match=r"chunks\[0\] has 32 patches, .* has 10000 for it"):
+            job_of(make_run(model), request([[SMALL, [1, 2]]]))
+
     def test_two_images_need_something_between_them(self, seeing: Folder) -> None:
         model = load(seeing("Qwen3VL"))
         with pytest.raises(ContentError, match=r"chunks\[2\] stands directly behind another image"):

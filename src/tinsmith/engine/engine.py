@@ -82,6 +82,9 @@ class Engine:
                 log.warning("%s: results depend on their company here: %s", name, reason)
         weights = sum(m.nbytes + (CACHE_BYTES if m.vision else 0) for m in self.models.values())
         self.budget = Budget.split(config.memory or available_memory(self.device), weights)
+        for model in self.models.values():
+            if model.vision is not None:
+                model.vision.most_bytes = self.budget.passes
         _clear(Path(config.spill_dir))
         self.runs: dict[str, Run] = {}
         self.snapshots = Snapshots(Path(config.spill_dir))

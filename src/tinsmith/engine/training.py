@@ -277,4 +277,5 @@ def peak_bytes(model: BaseModel, rows: int, longest: int, backward: bool) -> int
     layers = int(config.num_hidden_layers) if backward else 2
     scores = 4 * 4 * heads * min(TILE, longest) * round_up(longest, 64)
     logits = UNEMBED_ROWS * model.vocab_size * (2 * size + 3 * 4)
-    return rows * (per_layer * layers + 4 * hidden * size) + scores + logits
+    features = 0 if model.vision is None else model.vision.row_bytes
+    return rows * (per_layer * layers + 4 * hidden * size + features) + scores + logits

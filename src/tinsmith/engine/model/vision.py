@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,11 +169,22 @@ class Vision:
             self._processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         except Exception as error:
             raise NoImages(f"its image processor could not be loaded: {_short(error)}") from error
-        if "image_grid_thw" not in self._processor.model_input_names or not hasattr(
-            self._processor, "get_number_of_image_patches"
+        if "image_grid_thw" not in self._processor.model_input_names or not all(
+            hasattr(self._processor, name)
+            for name in ("get_number_of_image_patches", "patch_size", "temporal_patch_size", "merge_size")
         ):
             raise NoImages(f"{kind} lays images out in a way that this server does not know")
         self.token = token
+        tower, width = module.config.vision_config, int(module.config.get_text_config().hidden_size)
+        size = module.dtype.itemsize
+        deep = len(getattr(tower, "deepstack_visual_indexes", ()))
+        self.row_bytes = 2 * size * width * (1 + deep)  # of a token's features, in the cache and in a pass
+        inner = getattr(tower, "embed_dim", None) or getattr(tower, "hidden_size", width)
+        wide = getattr(tower, "intermediate_size", None) or 4 * inner
+        # Of a patch on its way: its pixels twice, and what a layer of the tower keeps at a time.
+        values = 3 * int(self._processor.temporal_patch_size) * int(self._processor.patch_size) ** 2
+        self._patch_bytes = 8 * values + size * (8 * inner + 3 * wide)
+        self.most_bytes: int | None = None  # for one image on its way through the tower
         self._cache: OrderedDict[bytes, _Entry] = OrderedDict()
         self._cached_bytes = 0
 
@@ -261,6 +273,12 @@ class Vision:
             raise ContentError(
                 f"{name}.expected_tokens is {chunk.expected_tokens}; this model makes {entry.tokens} tokens "
                 "of the image"
+            )
+        need = math.prod(entry.grid) * self._patch_bytes
+        if self.most_bytes is not None and need > self.most_bytes:
+            raise ContentError(
+                f"{name} has {math.prod(entry.grid)} patches, for which the vision tower needs about {need} "
+                f"bytes; this server has {self.most_bytes} for it. Send it smaller or raise --memory"
             )
         return Image(chunk, digest, entry.tokens, entry.grid)
 
