@@ -179,8 +179,8 @@ class Vision:
         size = module.dtype.itemsize
         deep = len(getattr(tower, "deepstack_visual_indexes", ()))
         self.row_bytes = 2 * size * width * (1 + deep)  # of a token's features, in the cache and in a pass
-        inner = getattr(tower, "embed_dim", None) or getattr(tower, "hidden_size", width)
-        wide = getattr(tower, "intermediate_size", None) or 4 * inner
+        inner = int(getattr(tower, "embed_dim", 0) or getattr(tower, "hidden_size", 0) or width)
+        wide = int(getattr(tower, "intermediate_size", 0) or 4 * inner)
         # Of a patch on its way: its pixels twice, and what a layer of the tower keeps at a time.
         values = 3 * int(self._processor.temporal_patch_size) * int(self._processor.patch_size) ** 2
         self._patch_bytes = 8 * values + size * (8 * inner + 3 * wide)
