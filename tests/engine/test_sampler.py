@@ -78,7 +78,7 @@ def trainer_logprobs(model: BaseModel, weights: AdapterWeights | None, text: Seq
     segment = Segment(0, rows, weights)
     with torch.no_grad():
         hidden = model.hidden(
-            inputs, positions, Pass([segment], PackedSequences([(0, n)], rows, model.device))
+            inputs, positions, Pass([segment], PackedSequences([(0, n)], rows, model.device, model.dtype))
         )
         table = model.log_softmax(model.logits(hidden, Pass([segment])))
     return table[:n].gather(1, torch.tensor(text[1:])[:, None])[:, 0].numpy()
@@ -346,6 +346,6 @@ def model_table(model: BaseModel, prompt: Sequence[int]) -> np.ndarray:
     positions = torch.arange(rows)
     segment = Segment(0, rows, None)
     with torch.no_grad():
-        backend = PackedSequences([(0, len(prompt))], rows, model.device)
+        backend = PackedSequences([(0, len(prompt))], rows, model.device, model.dtype)
         hidden = model.hidden(inputs, positions, Pass([segment], backend))
         return model.log_softmax(model.logits(hidden, Pass([segment])))[len(prompt) - 1].numpy()

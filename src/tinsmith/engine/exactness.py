@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmith.engine.model.attention import PADDING, PAGE, PackedAttention, attend, pad_rows
+from tinsmith.engine.kv_cache import PagePool
+from tinsmith.engine.model.attention import PADDING, PAGE, pad_rows
 from tinsmith.engine.model.base import BaseModel
-from tinsmith.engine.model.packing import Pass, Segment, running
-from tinsmith.engine.paged_attention import Chunk
+from tinsmith.engine.model.packing import PackedSequences, Pass, Segment, running
+from tinsmith.engine.paged_attention import Chunk, PagedAttention
 from tinsmith.engine.states import SampledRecurrence, StatePool
 
 _BATCH = 5  # sequences that go through the recurrent layers together
@@ -61,9 +62,8 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
     for inner, outer in sorted(products):
         if not _rows_hold(random(max(_COUNTS) * PADDING.rows * 2, inner), random(outer, inner) * inner**-0.5):
             found.append(f"linear {inner} -> {outer} in {model.dtype}")
-    for shape in dict.fromkeys(model.attention_layers.values()):
-        group = max(1, int(model.config.num_attention_heads) // shape.kv_heads)
-        if not _attention_holds(shape.kv_heads, group, shape.key_dim, shape.value_dim, random):
+    for shape, layer in {shape: layer for layer, shape in model.attention_layers.items()}.items():
+        if not _attention_holds(model, layer, random):
             found.append(f"attention with heads of {shape.key_dim} in {model.dtype}")
     table = random(max(_COUNTS) * PADDING.rows, model.vocab_size)
     if any(
@@ -116,28 +116,33 @@ def _rows_hold(x: Tensor, weight: Tensor) -> bool:
     return True
 
 
-def _attention_holds(
-    kv_heads: int, group: int, key_dim: int, value_dim: int, random: Callable[..., Tensor]
-) -> bool:
-    """Decode rows, a short prefix and a larger batch against one whole sequence."""
-    length = 3 * PAGE
-    q = random(1, kv_heads * group, length, key_dim)
-    k, v = random(1, kv_heads, length, key_dim), random(1, kv_heads, length, value_dim)
-    scale = key_dim**-0.5
-    whole = PackedAttention.apply(q, k, v, scale, None, None)
-    prefix = PackedAttention.apply(q[:, :, :PAGE], k[:, :, :PAGE], v[:, :, :PAGE], scale, None, None)
-    twice = PackedAttention.apply(*(torch.cat([x.flip(2), x]) for x in (q, k, v)), scale, None, None)
-    if not (torch.equal(prefix, whole[:, :, :PAGE]) and torch.equal(twice[1:], whole)):
+def _attention_holds(model: BaseModel, layer: int, random: Callable[..., Tensor]) -> bool:
+    """A prefix, a larger batch, chunks of a prompt and decode steps against one whole sequence."""
+    shape, length = model.attention_layers[layer], 3 * PAGE
+    group = max(1, int(model.config.num_attention_heads) // shape.kv_heads)
+    q = random(shape.kv_heads * group, length, shape.key_dim)
+    k = random(shape.kv_heads, length, shape.key_dim)
+    v = random(shape.kv_heads, length, shape.value_dim)
+    scale = shape.key_dim**-0.5
+
+    def packed(spans: list[tuple[int, int]], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        backend = PackedSequences(spans, q.shape[1], model.device, model.dtype)
+        return backend(layer, q, k, v, scale, None, None)
+
+    whole = packed([(0, length)], q, k, v)
+    cut = PAGE + 7
+    if not torch.equal(packed([(0, cut)], *(x[:, :cut] for x in (q, k, v))), whole[:cut]):
         return False
-    keys, values = (x.float().unflatten(2, (-1, PAGE)) for x in (k, v))
-    rows = pad_rows(group)
-    for position in (0, PAGE - 1, PAGE, 2 * PAGE + 5):
-        one = torch.zeros(1, kv_heads, rows, key_dim, device=q.device)
-        one[:, :, :group] = q[:, :, position].float().view(1, kv_heads, group, key_dim)
-        where = torch.full((1, rows), -1, device=q.device)
-        where[:, :group] = position
-        pages = position // PAGE + 1
-        out = attend(one, keys[:, :, :pages], values[:, :, :pages], where, scale)[:, :, :group]
-        if not torch.equal(out.reshape(1, kv_heads * group, value_dim).to(q.dtype), whole[:, :, position]):
+    both = packed([(0, length), (length, length)], *(torch.cat([x.flip(1), x], dim=1) for x in (q, k, v)))
+    if not torch.equal(both[length:], whole):
+        return False
+    pool = PagePool(model, 4)
+    pages = [page for page in (pool.allocate() for _ in range(3)) if page is not None]
+    start = 0
+    for count in (PAGE - 1, 1, 1, 30, 1, length - PAGE - 32):
+        rows = slice(start, start + count)
+        step = PagedAttention(pool, [Chunk(0, count, start, pages)], count)
+        if not torch.equal(step(layer, q[:, rows], k[:, rows], v[:, rows], scale, None, None), whole[rows]):
             return False
+        start += count
     return True

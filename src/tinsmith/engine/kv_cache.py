@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.engine.model.attention import PAGE
+from tinsmith.engine.kernels import cpu
+from tinsmith.engine.model.attention import PAGE, round_up
 from tinsmith.engine.model.base import BaseModel
 
 NULL = 0  # a page of zeros that stands where a shorter sequence of a batch has none
 
 
 class PagePool:
-    """Pages of all layers: keys[layer] is [pages, kv heads, PAGE, key dim], values alike, the model's dtype.
+    """Pages of all layers: keys[layer] is [pages, kv heads, PAGE, key dim], values alike, the model's dtype;
+    where the CPU kernel reads them, keys are [pages, kv heads, key dim, PAGE] and a value's dim is padded.
 
     The tensors grow with use up to `capacity` pages. Every page has a number of references; one that nobody
     refers to any more is kept as long as there is room if its content is known.
@@ -28,6 +30,7 @@ class PagePool:
 
     def __init__(self, model: BaseModel, cache_bytes: int) -> None:
         self.model = model
+        self.by_kernel = cpu.usable(model.device, model.dtype)
         per_token = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in model.attention_layers.values())
         self.page_bytes = max(1, per_token * PAGE * model.dtype.itemsize)
         self.capacity = max(4, cache_bytes // self.page_bytes)
@@ -44,16 +47,14 @@ class PagePool:
 
     def _grow(self, pages: int) -> None:
         have = len(self._references)
-        for store, dims in ((self.keys, "key_dim"), (self.values, "value_dim")):
-            for layer, shape in self.model.attention_layers.items():
+        for layer, shape in self.model.attention_layers.items():
+            keys, values = (PAGE, shape.key_dim), (PAGE, shape.value_dim)
+            if self.by_kernel:
+                keys, values = (shape.key_dim, PAGE), (PAGE, round_up(shape.value_dim, cpu.VALUE_PAD))
+            for store, dims in ((self.keys, keys), (self.values, values)):
                 # Zeros: a masked score times what lies in an unused place must be zero, never NaN.
                 new = torch.zeros(
-                    pages,
-                    shape.kv_heads,
-                    PAGE,
-                    getattr(shape, dims),
-                    dtype=self.model.dtype,
-                    device=self.model.device,
+                    pages, shape.kv_heads, *dims, dtype=self.model.dtype, device=self.model.device
                 )
                 if have:
                     new[:have] = store[layer]

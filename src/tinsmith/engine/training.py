@@ -173,7 +173,7 @@ def run_pass(work: Sequence[tuple[TrainingJob, _Cut]]) -> None:
             row += n
         at += cut.rows
     recurrent = PackedRecurrence(segments, spans, model.device) if model.mixers else None
-    this = Pass(segments, PackedSequences(spans, rows, model.device), recurrent)
+    this = Pass(segments, PackedSequences(spans, rows, model.device, model.dtype), recurrent)
     visual = model.vision.visual(images) if model.vision is not None else None
     with torch.set_grad_enabled(backward), running(this):
         hidden = model.hidden(ids.to(model.device), positions.to(model.device), this, visual)

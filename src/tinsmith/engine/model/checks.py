@@ -80,7 +80,7 @@ def _check_images(model: BaseModel, vision: Vision, text: Tensor) -> None:
     positions = torch.nn.functional.pad(made.positions, (0, rows - n))
     segments = [Segment(0, rows, None)]
     recurrent = PackedRecurrence(segments, [(0, n)], model.device) if model.mixers else None
-    this = Pass(segments, PackedSequences([(0, n)], rows, model.device), recurrent)
+    this = Pass(segments, PackedSequences([(0, n)], rows, model.device, model.dtype), recurrent)
     visual = vision.visual(made.within(0, 0, n))
     ours = model.hidden(ids.to(model.device), positions.to(model.device), this, visual)[:n]
     if _differs(ours, theirs, model.dtype):
@@ -101,7 +101,7 @@ def _hidden(model: BaseModel, texts: list[Tensor]) -> Tensor:
         at += len(text)
     segments = [Segment(0, rows, None)]
     recurrent = PackedRecurrence(segments, spans, model.device) if model.mixers else None
-    this = Pass(segments, PackedSequences(spans, rows, model.device), recurrent)
+    this = Pass(segments, PackedSequences(spans, rows, model.device, model.dtype), recurrent)
     return model.hidden(ids.to(model.device), positions.to(model.device), this)[:at]
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from tinsmith.engine.kernels import cpu
 from tinsmith.engine.model.attention import PAGE, PackedAttention, round_up
 
 if TYPE_CHECKING:  # lora imports this module
@@ -115,13 +116,18 @@ def running(this: Pass) -> Iterator[None]:
 class PackedSequences:
     """The training backend: block-diagonal causal attention over whole sequences.
 
-    Sequences of one padded length go together; a sequence's padded length is its own, so its result
-    does not depend on its company.
+    By the kernel where there is one. Else sequences of one padded length go together; a sequence's
+    padded length is its own, so its result does not depend on its company.
     """
 
-    def __init__(self, spans: Sequence[tuple[int, int]], rows: int, device: torch.device) -> None:
+    def __init__(
+        self, spans: Sequence[tuple[int, int]], rows: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         """spans: (first row, length) of every sequence."""
         self.rows = rows
+        self.spans = cpu.Spans(spans) if cpu.usable(device, dtype) else None
+        if self.spans is not None:
+            return
         groups: dict[int, list[tuple[int, int]]] = {}
         for start, length in spans:
             groups.setdefault(round_up(length, PAGE), []).append((start, length))
@@ -147,6 +153,9 @@ class PackedSequences:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
+        if self.spans is not None:
+            result: Tensor = cpu.SpanAttention.apply(q, k, v, self.spans, scale, window, sinks)
+            return result
         out = q.new_zeros(self.rows, q.shape[0], v.shape[-1])
         for count, padded, index, keep, to in self.groups:
             qg, kg, vg = (
