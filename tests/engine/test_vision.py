@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from tests.engine.reference import Reference
@@ -379,6 +380,16 @@ class TestContent:
         ):
             Sampler(model, PLENTY).add(prompt("x", [SMALL, [1]]), None, lambda _: None)
 
+    def test_a_photograph_is_seen_upright(self, seeing: Folder) -> None:
+        model = load(seeing("Qwen3VL"))
+        assert model.vision is not None
+        turned = PIL.Image.Exif()
+        turned[0x0112] = 6  # to be turned by a quarter
+        data = picture(100, 40, 1, "jpeg", exif=turned)
+        made = model.vision.expand(np.zeros(1, np.int64), [ImageChunk(0, 0, data, "jpeg")], "x")
+        ((_, image),) = made.images
+        assert image.grid == (1, 24, 10)
+
 
 class TestLoading:
     def test_positions_that_are_not_transformers_own_are_found_out(self, seeing: Folder) -> None:
@@ -395,6 +406,14 @@ class TestLoading:
             ContentError, match="takes no images here: Qwen3VLForConditionalGeneration treats"
         ):
             job_of(make_run(model), request([[SMALL, [1, 2]]]))
+
+    def test_without_the_towers_weights_it_serves_text(self, seeing: Folder, tmp_path: Path) -> None:
+        shutil.copytree(seeing("Qwen3_5"), tmp_path / "model")
+        file = tmp_path / "model" / "model.safetensors"
+        save_file({n: x for n, x in load_file(file).items() if "visual" not in n}, file, {"format": "pt"})
+        model = load(tmp_path / "model")
+        assert model.vision is None
+        assert "no weights for its vision tower" in model.no_images
 
     def test_without_an_image_processor_it_serves_text(self, seeing: Folder, tmp_path: Path) -> None:
         shutil.copytree(seeing("Qwen3VL"), tmp_path / "model")

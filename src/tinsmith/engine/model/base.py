@@ -269,13 +269,18 @@ def _load(name: str, path: str, device: torch.device, dtype: torch.dtype) -> tup
         raise ModelError(f"{name}: no tokenizer could be loaded from {path}: {_short(error)}") from error
     try:
         config = AutoConfig.from_pretrained(path)
-        module = auto_class(config).from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attention_of(config)
+        module, found = auto_class(config).from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention_of(config),
+            output_loading_info=True,
         )
     except Exception as error:
         raise ModelError(f"{name}: the model could not be loaded from {path}: {_short(error)}") from error
     module.config.get_text_config()._experts_implementation = "tinsmith"
     module.config._experts_implementation = "tinsmith"
+    module.tinsmith_missing = frozenset(found["missing_keys"])  # see Vision
     return module.to(device), tokenizer
 
 

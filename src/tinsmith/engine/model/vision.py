@@ -159,6 +159,12 @@ class Vision:
         """Raises NoImages."""
         self._model, self._device = module.base_model, device
         kind = type(module).__name__
+        language = {
+            id(p) for m in (module.get_decoder(), module.get_output_embeddings()) for p in m.parameters()
+        }
+        own = {name for name, p in module.named_parameters() if id(p) not in language}
+        if own & module.tinsmith_missing:
+            raise NoImages("its folder has no weights for its vision tower")
         token = getattr(module.config, "image_token_id", None)
         if not isinstance(token, int) or not 0 <= token < vocab_size:
             raise NoImages(f"{kind} has no image token")
