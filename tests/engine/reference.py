@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,13 +27,15 @@ LossOf = Callable[[int, Tensor], Tensor]  # (index of the sequence, its target l
 
 
 class Reference:
-    """transformers' model with the run's adapter: PEFT's own layers, or, for experts and fused projections,
-    merged weights."""
+    """transformers' model with the run's adapter: PEFT's own layers, or, for experts, fused projections and
+    models with a vision tower, merged weights."""
 
-    def __init__(self, folder: Path, run: Run, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, run: Run, dtype: torch.dtype = torch.float32, auto: Any = AutoModelForCausalLM
+    ) -> None:
         self.run = run
         spec = run.layout.spec
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        base = auto.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
         own = {n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)} | {UNEMBED}
         self.merges = any(s.experts or s.name not in own for s in run.layout.slots)
         if self.merges:
@@ -57,11 +60,12 @@ class Reference:
                 layer.lora_B["default"].weight.copy_(b)
             self.leaves[slot.name] = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
 
-    def logprobs(self, ids: Sequence[int]) -> Tensor:
-        """Logprobs of ids[1:], each given what is before it."""
+    def logprobs(self, ids: Sequence[int], **images: Tensor) -> Tensor:
+        """Logprobs of ids[1:], each given what is before it, and images as the model's forward takes them."""
         inputs = torch.tensor([ids[:-1]])
         if self.merges:
-            logits = functional_call(self.model, self._merged(), (inputs,), {"use_cache": False}).logits[0]
+            options = {"input_ids": inputs, "use_cache": False, **images}
+            logits = functional_call(self.model, self._merged(), (), options).logits[0]
         else:
             logits = self.model(inputs, use_cache=False).logits[0]
         table = torch.log_softmax(logits.float(), -1)
@@ -88,7 +92,8 @@ class Reference:
 
     def _merged(self) -> dict[str, Tensor]:
         scale = self.run.layout.spec.alpha / self.run.layout.spec.rank
-        weights = dict(self.model.named_parameters())
+        real = {n.replace(".language_model.", "."): n for n, _ in self.model.named_parameters()}
+        weights = {n: self.model.get_parameter(name) for n, name in real.items()}
         merged: dict[str, Tensor] = {}
         pending: dict[str, dict[str, Tensor]] = {}
         for slot in self.run.layout.slots:
@@ -109,7 +114,7 @@ class Reference:
                 old = merged.get(name, weights[name])
                 rows = torch.arange(first, first + b.shape[0])
                 merged[name] = old.index_add(0, rows, scale * b @ a)
-        modules = dict(self.model.named_modules())
+        modules = {n.replace(".language_model.", "."): m for n, m in self.model.named_modules()}
         for prefix, parts in pending.items():
             module = modules[prefix]
             if "w3" not in parts:  # no gate
@@ -123,4 +128,4 @@ class Reference:
                 up, down = up.transpose(1, 2), down.transpose(1, 2)
             merged[f"{prefix}.gate_up_proj"] = weights[f"{prefix}.gate_up_proj"] + up
             merged[f"{prefix}.down_proj"] = weights[f"{prefix}.down_proj"] + down
-        return merged
+        return {real[n]: x for n, x in merged.items()}

@@ -14,7 +14,7 @@ from tests.engine.reference import Reference
 from tests.engine.test_sampler import PLENTY, ids, lps, run, sample, trainer_logprobs
 from tests.engine.test_training import sequences, train
 from tests.engine.tiny import SIZES, load, logprobs, make_family, make_run, relative, request, tokens
-from tinsmith.engine.exactness import failures
+from tinsmith.engine.exactness import settle
 from tinsmith.engine.model.checks import check
 from tinsmith.engine.sampler import Sampler
 
@@ -106,7 +106,7 @@ class TestFamily:
     ) -> None:
         model = load(family(name))
         check(model)
-        assert failures(model, 32) == []
+        assert settle([model], 32) == {model.name: []}
         trained = make_run(model)
         texts = sequences(0, (40, 5, 90))
         out = train(trained, request(texts))
@@ -126,6 +126,7 @@ class TestFamily:
         self, family: Callable[[str], Path], name: str, dtype: torch.dtype
     ) -> None:
         model = load(family(name), dtype)
+        settle([model], 32)
         weights = make_run(model, 8).weights
         work = [
             (sample(f"s{i}", tokens(n, i), max_tokens=30, stop=(), seed=i), w)

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tinsmith.engine.commands import LoraSpec
 from tinsmith.engine.model.base import BaseModel
@@ -89,6 +90,61 @@ def make_family(name: str, suffix: str, folder: Path, settings: dict) -> Path:
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+IMAGE_TOKEN = 300
+TOWER = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 64,
+    "patch_size": 4,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+TURN = {"rope_type": "default", "rope_theta": 10000.0}
+VISION = {  # the tower's own settings, and the language model's
+    "Qwen3VL": (
+        {**TOWER, "deepstack_visual_indexes": [0, 1]},
+        {**SIZES, "head_dim": 16, "rope_parameters": {**TURN, "mrope_section": [4, 2, 2]}},
+    ),
+    "Qwen3_5": (
+        TOWER,
+        {
+            **SIZES,
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_conv_kernel_dim": 4,
+            "rope_parameters": {**TURN, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+        },
+    ),
+}
+
+
+def make_vision_model(name: str, folder: Path) -> Path:
+    """A random model with eyes: an image is a token for every 8 x 8 pixels, 64 at most."""
+    torch.manual_seed(0)
+    tower, language = VISION[name]
+    config = getattr(transformers, f"{name}Config")(
+        text_config=language,
+        vision_config=tower,
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=IMAGE_TOKEN + 1,
+        vision_start_token_id=IMAGE_TOKEN + 2,
+        vision_end_token_id=IMAGE_TOKEN + 3,
+    )
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    size = {"shortest_edge": 64, "longest_edge": 64 * 64}
+    Qwen2VLImageProcessorPil(patch_size=4, size=size).save_pretrained(folder)
     return folder
 
 

@@ -16,6 +16,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from tinsmith.wire.images import ImageChunk
+
 Category = Literal["user", "server"]
 
 
@@ -178,11 +180,12 @@ class SampleParams:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Sample `num_samples` continuations of `prompt` (int32 token ids as bytes).
+    """Sample `num_samples` continuations of `prompt` (int32 token ids as bytes) with `images` in it.
 
     `sampler` None is the base model. Answers protobuf bytes (SampleResponse).
     `prompt_logprobs` and `topk_prompt` ask for the prompt's own logprobs at temperature 1,
-    `topk_sample` for those of the most likely tokens beside each sampled one.
+    `topk_sample` for those of the most likely tokens beside each sampled one. At an image's places the
+    prompt's logprobs are those of the model's placeholder token, of which it has learned nothing.
     """
 
     request: str
@@ -194,6 +197,7 @@ class Sample:
     prompt_logprobs: bool = False
     topk_prompt: int = 0
     topk_sample: int = 0
+    images: tuple[ImageChunk, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +291,7 @@ class ModelInfo:
     exact: bool
     trainable: bool = True
     sampleable: bool = True
+    images: bool = False  # whether it takes them
 
 
 @dataclass(frozen=True, slots=True)

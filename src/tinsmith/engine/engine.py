@@ -43,6 +43,7 @@ from tinsmith.engine.memory import Budget, available_memory
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.base import BaseModel, ModelError
 from tinsmith.engine.model.checks import check
+from tinsmith.engine.model.vision import CACHE_BYTES
 from tinsmith.engine.runs import Answer, Run
 from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.snapshots import Snapshots
@@ -79,8 +80,11 @@ class Engine:
         for name, reasons in self._inexact.items():
             for reason in reasons:
                 log.warning("%s: results depend on their company here: %s", name, reason)
-        weights = sum(m.nbytes for m in self.models.values())
+        weights = sum(m.nbytes + (CACHE_BYTES if m.vision else 0) for m in self.models.values())
         self.budget = Budget.split(config.memory or available_memory(self.device), weights)
+        for model in self.models.values():
+            if model.vision is not None:
+                model.vision.most_bytes = self.budget.passes
         _clear(Path(config.spill_dir))
         self.runs: dict[str, Run] = {}
         self.snapshots = Snapshots(Path(config.spill_dir))
@@ -115,6 +119,7 @@ class Engine:
             parameters=model.parameters,
             fingerprint=model.fingerprint,
             exact=not self._inexact[model.name],
+            images=model.vision is not None,
         )
 
     def status(self) -> dict[str, object]:

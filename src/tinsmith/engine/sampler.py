@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tinsmith.engine.commands import Done, Failed, Sample, SampleParams
@@ -23,6 +24,7 @@ from tinsmith.engine.model.attention import PAGE, pad_rows
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
 from tinsmith.engine.model.packing import Pass, Segment
+from tinsmith.engine.model.vision import Expanded, Part
 from tinsmith.engine.paged_attention import Chunk, PagedAttention
 from tinsmith.engine.runs import Answer
 from tinsmith.engine.sampling import StopCheck, choose, scaled, top, uniforms
@@ -45,6 +47,8 @@ class _Request:
     weights: AdapterWeights | None
     answer: Answer
     prompt: list[int]
+    content: list[int]  # the prompt, with numbers for an image's content in its places
+    expanded: Expanded | None  # where the prompt has images
     limit: int  # output tokens at most
     stop: StopCheck
     live: list[_Sequence] = field(default_factory=list)
@@ -79,6 +83,12 @@ class _Sequence:
     def output(self) -> list[int]:
         return self.tokens[len(self.request.prompt) :]
 
+    def page(self, number: int) -> list[int]:
+        """What decides about the content of one of its pages, beside what is before it."""
+        start, stop = number * PAGE, (number + 1) * PAGE
+        length = len(self.request.prompt)
+        return self.request.content[start:stop] + self.tokens[max(start, length) : max(stop, length)]
+
 
 class Sampler:
     """All sampling of one base model, with any mix of adapters."""
@@ -104,7 +114,11 @@ class Sampler:
         """Take a request. Raises ContentError, naming the field."""
         if command.request in self.requests:
             raise ContentError(f"request {command.request} is running already")
-        prompt = np.frombuffer(command.prompt, dtype="<i4").tolist()
+        text = np.frombuffer(command.prompt, dtype="<i4").astype(np.int64)
+        _check_tokens(self.model, text)
+        expanded = self.model.expand(text, command.images, "prompt") if command.images else None
+        prompt = (text if expanded is None else expanded.tokens).tolist()
+        content = prompt if expanded is None else expanded.content()
         limit = _check(self.model, command, prompt)
         needed = math.ceil((len(prompt) + 1) / PAGE)
         if needed > self.pool.capacity:
@@ -114,7 +128,7 @@ class Sampler:
                 "Send a shorter prompt or raise --memory"
             )
         stop = StopCheck(command.params.stop, self.model.eos_token_ids, self.model.tokenizer)
-        request = _Request(command, weights, answer, prompt, limit, stop)
+        request = _Request(command, weights, answer, prompt, content, expanded, limit, stop)
         self.requests[command.request] = request
         # The other samples join when the first has computed the prompt for all.
         request.live.append(_Sequence(request, 0, list(prompt)))
@@ -171,8 +185,7 @@ class Sampler:
         if (fresh and sequence.request.scores_prompt) or self.states is not None:
             return  # what the recurrent layers make of a prefix is not in its pages
         while (sequence.known + 1) * PAGE < len(sequence.tokens):
-            start = sequence.known * PAGE
-            content = chain(sequence.content, sequence.tokens[start : start + PAGE])
+            content = chain(sequence.content, sequence.page(sequence.known))
             page = self.pool.find(content)
             if page is None:
                 break
@@ -260,12 +273,17 @@ class Sampler:
         placed: list[tuple[_Sequence, int, int]] = []  # sequence, first row, count
         ids: list[int] = []
         positions: list[int] = []
+        of_images: list[tuple[int, torch.Tensor]] = []  # row, positions [3, count] of a sequence with images
+        images: list[Part] = []
         for members in groups.values():
             start = len(ids)
             for sequence, count in members:
                 first = sequence.computed
                 chunks.append(Chunk(len(ids), count, first, sequence.pages))
                 placed.append((sequence, len(ids), count))
+                if sequence.request.expanded is not None:
+                    images += sequence.request.expanded.within(len(ids), first, count)
+                    of_images.append((len(ids), sequence.request.expanded.places(first, count)))
                 ids += sequence.tokens[first : first + count]
                 positions += range(first, first + count)
             padding = pad_rows(len(ids)) - len(ids)
@@ -278,10 +296,16 @@ class Sampler:
         if self.states is not None:
             slots = [sequence.slot for sequence, _, _ in placed if sequence.slot is not None]
             recurrent = SampledRecurrence(self.states, segments, list(zip(chunks, slots, strict=True)))
+        places = torch.tensor(positions)
+        if of_images:
+            places = places.repeat(3, 1)
+            for row, own in of_images:
+                places[:, row : row + own.shape[1]] = own
         hidden = self.model.hidden(
             torch.tensor(ids, device=device),
-            torch.tensor(positions, device=device),
+            places.to(device),
             Pass(segments, attention, recurrent),
+            self.model.vision.visual(images) if self.model.vision is not None else None,
         )
         ready: list[tuple[_Sequence, int]] = []
         for sequence, row, count in placed:
@@ -297,8 +321,7 @@ class Sampler:
 
     def _make_known(self, sequence: _Sequence) -> None:
         while (sequence.known + 1) * PAGE <= sequence.computed:
-            start = sequence.known * PAGE
-            sequence.content = chain(sequence.content, sequence.tokens[start : start + PAGE])
+            sequence.content = chain(sequence.content, sequence.page(sequence.known))
             self.pool.remember(sequence.pages[sequence.known], sequence.content, sequence.request.serial)
             sequence.known += 1
 
@@ -468,16 +491,20 @@ class Sampler:
         return Done(encode_response(sampled, prompt_logprobs, topk_prompt, request.cached), usage)
 
 
+def _check_tokens(model: BaseModel, text: npt.NDArray[np.int64]) -> None:
+    outside = text[(text < 0) | (text >= model.vocab_size)]
+    if outside.size:
+        raise ContentError(
+            f"prompt contains token {outside[0]}; the vocabulary of {model.name} has ids 0 to "
+            f"{model.vocab_size - 1}"
+        )
+
+
 def _check(model: BaseModel, command: Sample, prompt: list[int]) -> int:
     """The most output tokens that the request may have. Raises ContentError."""
     params = command.params
     if not prompt:
         raise ContentError("prompt is empty; it needs at least one token")
-    bad = next((t for t in prompt if not 0 <= t < model.vocab_size), None)
-    if bad is not None:
-        raise ContentError(
-            f"prompt contains token {bad}; the vocabulary of {model.name} has ids 0 to {model.vocab_size - 1}"
-        )
     if not 1 <= command.num_samples <= MAX_SAMPLES:
         raise ContentError(f"num_samples is {command.num_samples}; it must be from 1 to {MAX_SAMPLES}")
     _check_params(params)

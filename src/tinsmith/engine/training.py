@@ -22,6 +22,7 @@ from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights, Gradients, Layout
 from tinsmith.engine.model.packing import Block, PackedSequences, Pass, Segment, running
 from tinsmith.engine.model.recurrent import PackedRecurrence
+from tinsmith.engine.model.vision import Expanded, Part
 from tinsmith.wire.training import Array, ContentError, Datum, TrainingRequest, encode_output
 
 BLOCK_TOKENS = 512  # a block ends before the sequence that would go beyond; a longer sequence is one block
@@ -32,9 +33,10 @@ UNEMBED_ROWS = 256  # rows whose logits exist at a time
 class _Sequence:
     """A checked datum."""
 
-    tokens: Tensor  # int64 [N]
+    tokens: Tensor  # int64 [N], an image's places included
     targets: Tensor  # int64 [N] or [N, K]
     inputs: dict[str, Tensor]  # fp32, in the shape of the targets
+    expanded: Expanded | None = None  # where there are images
 
 
 @dataclass(slots=True)
@@ -96,6 +98,10 @@ class TrainingJob:
 
 def _check(loss: Loss, datum: Datum, index: int, model: BaseModel) -> _Sequence:
     where, tokens, vocab = f"data[{index}]", datum.tokens, model.vocab_size
+    expanded = model.expand(tokens, datum.images, f"{where}.model_input") if datum.images else None
+    if expanded is not None:
+        tokens = expanded.tokens
+        datum = datum.expanded(tokens)
     if tokens.size > model.max_context:
         raise ContentError(
             f"{where}.model_input has {tokens.size} tokens; the context of {model.name} is "
@@ -112,6 +118,7 @@ def _check(loss: Loss, datum: Datum, index: int, model: BaseModel) -> _Sequence:
         torch.from_numpy(tokens),
         torch.from_numpy(np.array(targets)),
         {k: torch.from_numpy(v) for k, v in inputs.items()},
+        expanded,
     )
 
 
@@ -142,6 +149,9 @@ def run_pass(work: Sequence[tuple[TrainingJob, _Cut]]) -> None:
     rows = sum(cut.rows for _, cut in work)
     ids = torch.zeros(rows, dtype=torch.int64)
     positions = torch.zeros(rows, dtype=torch.int64)
+    if any(s.expanded is not None for job, cut in work for s in job.sequences[cut.first : cut.last]):
+        positions = positions.repeat(3, 1)
+    images: list[Part] = []
     at = 0
     for i in order:
         job, cut = work[i]
@@ -155,14 +165,18 @@ def run_pass(work: Sequence[tuple[TrainingJob, _Cut]]) -> None:
         for sequence in job.sequences[cut.first : cut.last]:
             n = sequence.tokens.numel()
             ids[row : row + n] = sequence.tokens
-            positions[row : row + n] = torch.arange(n)
+            positions[..., row : row + n] = torch.arange(n)
+            if sequence.expanded is not None:
+                positions[:, row : row + n] = sequence.expanded.positions
+                images += sequence.expanded.within(row, 0, n)
             spans.append((row, n))
             row += n
         at += cut.rows
     recurrent = PackedRecurrence(segments, spans, model.device) if model.mixers else None
     this = Pass(segments, PackedSequences(spans, rows, model.device, model.dtype), recurrent)
+    visual = model.vision.visual(images) if model.vision is not None else None
     with torch.set_grad_enabled(backward), running(this):
-        hidden = model.hidden(ids.to(model.device), positions.to(model.device), this)
+        hidden = model.hidden(ids.to(model.device), positions.to(model.device), this, visual)
         gradient = torch.zeros_like(hidden) if backward else None
         for job, cut, start in blocks:
             _loss(job, cut, hidden.detach(), gradient, start)
@@ -263,4 +277,5 @@ def peak_bytes(model: BaseModel, rows: int, longest: int, backward: bool) -> int
     layers = int(config.num_hidden_layers) if backward else 2
     scores = 4 * 4 * heads * min(TILE, longest) * round_up(longest, 64)
     logits = UNEMBED_ROWS * model.vocab_size * (2 * size + 3 * 4)
-    return rows * (per_layer * layers + 4 * hidden * size) + scores + logits
+    features = 0 if model.vision is None else model.vision.row_bytes
+    return rows * (per_layer * layers + 4 * hidden * size + features) + scores + logits

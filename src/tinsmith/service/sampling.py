@@ -87,6 +87,7 @@ class Sampling:
             row = await self._samplers.resolve(caller, row, request.base_model)
             request_id = f"sample:{uuid.uuid4().hex}"
         model = self._samplers.sampleable(row.base_model)
+        _check_images(request, model)
         _check_length(request, model)
         _check_top_k(request, model)
         if self._samplers.is_gone(row):
@@ -150,6 +151,7 @@ class Sampling:
                 prompt_logprobs=request.prompt_logprobs,
                 topk_prompt=request.topk_prompt_logprobs,
                 topk_sample=request.topk_sample_logprobs,
+                images=request.images,
             )
         )
         if isinstance(reply, Failed):
@@ -279,6 +281,13 @@ def _check_top_k(request: requests.Sample, model: ModelInfo) -> None:
     ):
         if k > model.vocab_size:
             raise WireError(name, f"is {k}, more than the {model.vocab_size} tokens of the vocabulary")
+
+
+def _check_images(request: requests.Sample, model: ModelInfo) -> None:
+    if request.images and not model.images:
+        raise WireError(
+            f"prompt.chunks[{request.images[0].chunk}].type", f"is 'image'; {model.name} reads text alone"
+        )
 
 
 def _check_length(request: requests.Sample, model: ModelInfo) -> None:

@@ -7,6 +7,8 @@ it is (`Target`), because a request whose content is refused still takes its tur
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +17,7 @@ import numpy as np
 
 from .errors import WireError
 from .fields import Fields
+from .images import ImageChunk
 from .paths import check_name
 
 HOUR = 3600
@@ -265,8 +268,9 @@ class Sample:
     seq_id: int | None
     base_model: str | None
     model_path: str | None
-    prompt: bytes  # int32 token ids
-    prompt_length: int
+    prompt: bytes  # int32 ids of the text tokens
+    images: tuple[ImageChunk, ...]
+    prompt_length: int  # at least: an image that says nothing of its tokens counts one
     num_samples: int
     max_tokens: int | None
     seed: int | None
@@ -282,7 +286,7 @@ class Sample:
     def read(cls, fields: Fields) -> Sample:
         _refuse_what_is_not_offered(fields)
         params = fields.optional_child("sampling_params") or Fields({}, "sampling_params")
-        prompt = _read_prompt(fields.child("prompt"))
+        prompt, images = _read_prompt(fields.child("prompt"))
         session = fields.optional_text("sampling_session_id")
         top_k = params.optional_integer("top_k", least=-1, most=_INT32)
         return cls(
@@ -291,7 +295,8 @@ class Sample:
             base_model=fields.optional_text("base_model"),
             model_path=fields.optional_text("model_path", longest=2048),
             prompt=prompt.tobytes(),
-            prompt_length=len(prompt),
+            images=images,
+            prompt_length=len(prompt) + sum(i.expected_tokens or 1 for i in images),
             num_samples=fields.optional_integer("num_samples", least=1, most=MOST_SAMPLES) or 1,
             max_tokens=params.optional_integer("max_tokens", least=1, most=_INT32),
             seed=params.optional_integer("seed", most=2**64 - 1),
@@ -315,13 +320,19 @@ def _refuse_what_is_not_offered(fields: Fields) -> None:
         )
 
 
-def _read_prompt(prompt: Fields) -> np.ndarray:
+def _read_prompt(prompt: Fields) -> tuple[np.ndarray, tuple[ImageChunk, ...]]:
     parts: list[np.ndarray] = []
+    images: list[ImageChunk] = []
     for index, item in enumerate(prompt.array("chunks")):
         chunk = Fields(item, f"prompt.chunks[{index}]")
         kind = chunk.raw("type") or "encoded_text"
+        if kind == "image":
+            images.append(_read_image(chunk, index, sum(map(len, parts))))
+            continue
         if kind != "encoded_text":
-            raise chunk.error("type", f"{kind!r} is not offered: this server's models read text alone")
+            raise chunk.error(
+                "type", f"{kind!r} is not offered by this server; use 'encoded_text' or 'image'"
+            )
         tokens = chunk.array("tokens")
         try:
             part = np.asarray(tokens if tokens else [], dtype=np.int64 if not tokens else None)
@@ -331,9 +342,31 @@ def _read_prompt(prompt: Fields) -> np.ndarray:
             raise chunk.error("tokens", f"must be token ids: integers from 0 to {_INT32}")
         parts.append(part.astype(np.int32))
     whole = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-    if not whole.size:
+    if not whole.size and not images:
         raise WireError("prompt", "has no tokens; it must have at least one")
-    return whole
+    return whole, tuple(images)
+
+
+def _read_image(chunk: Fields, index: int, at: int) -> ImageChunk:
+    data = chunk.raw("data")
+    if not isinstance(data, str):
+        raise chunk.error("data", "must be a text: the image's bytes in base64")
+    try:
+        raw = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise chunk.error("data", "is no base64") from None
+    size = chunk.optional_child("override_dimensions")
+    form = chunk.raw("format")
+    return ImageChunk(
+        index,
+        at,
+        raw,
+        form if isinstance(form, str) else "",
+        chunk.optional_integer("expected_tokens", least=0, most=_INT32),
+        (size.integer("width", least=1, most=_INT32), size.integer("height", least=1, most=_INT32))
+        if size is not None
+        else None,
+    )
 
 
 def _are_token_ids(part: np.ndarray) -> bool:

@@ -6,7 +6,7 @@ Errors name the field as a user of the SDK knows it, e.g. data[3].loss_fn_inputs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith.wire.compression import decompress
 from tinsmith.wire.errors import WireError
+from tinsmith.wire.images import ImageChunk
 
 _DTYPES: dict[int, type[np.generic]] = {
     pb.DTYPE_FLOAT32: np.float32,
@@ -32,10 +33,16 @@ class ContentError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Datum:
-    """One sequence: int64 tokens [N], and the loss's inputs as dense arrays (float32 or int64)."""
+    """One sequence: int64 text tokens [n], the images among them, and the loss's inputs as dense arrays
+    (float32 or int64)."""
 
     tokens: npt.NDArray[np.int64]
     inputs: Mapping[str, Array]
+    images: tuple[ImageChunk, ...] = ()
+
+    def expanded(self, tokens: npt.NDArray[np.int64]) -> Datum:
+        """The same with placeholders, int64 [N], in the place of its images."""
+        return replace(self, tokens=tokens, images=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +99,38 @@ def decode_request(body: bytes, encoding: str, limit: int) -> TrainingRequest:
 
 def _datum(message: pb.Datum, where: str) -> Datum:
     parts: list[npt.NDArray[np.int32]] = []
+    images: list[ImageChunk] = []
     for i, chunk in enumerate(message.model_input):
         kind = chunk.WhichOneof("chunk")
+        if kind == "image":
+            images.append(_image(chunk.image, i, sum(p.size for p in parts)))
+            continue
         if kind != "encoded_text":
             raise ContentError(
-                f"{where}.model_input.chunks[{i}] is {kind or 'empty'}; this model takes encoded text only"
+                f"{where}.model_input.chunks[{i}] is {kind or 'empty'}; this server takes encoded text and "
+                "images"
             )
         raw = chunk.encoded_text.tokens
         if len(raw) % 4:
             raise ContentError(f"{where}.model_input.chunks[{i}].tokens is no array of int32")
         parts.append(np.frombuffer(raw, dtype="<i4"))
     tokens = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
-    if not tokens.size:
+    if not tokens.size and not images:
         raise ContentError(f"{where}.model_input is empty; it needs at least one token")
     inputs = {k: _tensor(v, f"{where}.loss_fn_inputs[{k!r}]") for k, v in message.loss_fn_inputs.items()}
-    return Datum(tokens, inputs)
+    return Datum(tokens, inputs, tuple(images))
+
+
+def _image(message: pb.ImageChunk, chunk: int, at: int) -> ImageChunk:
+    override = message.override_dimensions
+    return ImageChunk(
+        chunk,
+        at,
+        message.data,
+        message.format,
+        message.expected_tokens if message.HasField("expected_tokens") else None,
+        (override.width, override.height) if message.HasField("override_dimensions") else None,
+    )
 
 
 def _values(raw: bytes, dtype: int, where: str) -> Array:

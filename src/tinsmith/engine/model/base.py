@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoTokenizer, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.hub import cached_file
@@ -23,6 +26,11 @@ from tinsmith.engine.model.experts import expert_slots, experts_forward
 from tinsmith.engine.model.lora import GateLinear, Group, LoraLinear, Slot
 from tinsmith.engine.model.packing import Pass, Segment, current_pass, running
 from tinsmith.engine.model.recurrent import find_mixers, take_apart
+from tinsmith.engine.model.vision import Expanded, NoImages, Vision, Visual, attention_of, auto_class, sees
+from tinsmith.wire.images import ImageChunk
+from tinsmith.wire.training import ContentError
+
+log = logging.getLogger(__name__)
 
 UNEMBED = "model.unembed_tokens"  # the name that Tinker's adapter format gives the unembedding
 
@@ -75,7 +83,9 @@ ALL_EXPERTS_FUNCTIONS.register("tinsmith", experts_forward)
 class BaseModel:
     """One base model on one device, shared by all runs and all sampling.
 
-    vocab_size is the number of logits; max_context is in tokens, prompt and output together.
+    vocab_size is the number of logits; max_context is in tokens, prompt and output together. Of a model with
+    a vision tower only the language model has adapters, under the names that it has by itself. `vision` is
+    None where images cannot be taken, and `no_images` says why.
     """
 
     def __init__(
@@ -85,18 +95,23 @@ class BaseModel:
         self.module, self.tokenizer = _load(name, path, device, dtype)
         self.module.requires_grad_(False).eval()
         self.config = self.module.config.get_text_config()
-        whole = self.module.base_model is self.module
+        has_eyes = sees(self.module.config)
+        whole = has_eyes or self.module.base_model is self.module
         self._body = self.module.get_decoder() if whole else self.module.base_model
+        self._text = self._body if has_eyes else self.module
         self._embed = self.module.get_input_embeddings()
         self.mixers = {name: layer for name, layer, _ in find_mixers(self.module)}
         for name in self.mixers:
             if not take_apart(self.mixers[name], self.module.get_submodule(name)):
                 kind = type(self.module.get_submodule(name)).__name__
                 raise ModelError(f"{self.name}: {kind} keeps its state where it cannot be reached")
+        self.vision: Vision | None = None
+        self.no_images = "this model takes encoded text only"
         # Single tokens go through the mixers in batches of a multiple of this, or alone if 0 (exactness.py).
         self.mixers_padding = 0
         self.attention_layers = self._measure_layers()
-        self.slots = list(_replace(self.module, list(self.mixers)))
+        inner = next(n for n, m in self.module.named_modules() if m is self._body) if has_eyes else ""
+        self.slots = list(_replace(self.module, list(self.mixers), inner))
         self.has_gates = any(isinstance(m, GateLinear) for m in self._body.modules())
         # (in, out) of the products that routers make with their own weights
         self.routers = {
@@ -108,6 +123,11 @@ class BaseModel:
         }
         self._head = self.module.get_output_embeddings()
         self.vocab_size = int(self._head.out_features)
+        if has_eyes:
+            try:
+                self.vision = Vision(self.module, path, self.vocab_size, device)
+            except NoImages as reason:
+                self.refuse_images(str(reason))
         limit = int(getattr(self.config, "max_position_embeddings", 0) or 0) or 4096
         if max_context is not None and max_context > limit:
             raise ModelError(f"{name}: max_context {max_context} exceeds the model's own {limit} positions")
@@ -118,17 +138,47 @@ class BaseModel:
         self.fingerprint = _fingerprint(_folder(path))
         self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
 
-    def hidden(self, token_ids: Tensor, positions: Tensor, this: Pass) -> Tensor:
-        """token_ids, positions: int64 [rows], a padded number of them -> final hidden states [rows, hidden].
+    def refuse_images(self, reason: str) -> None:
+        """Serve text alone from now on."""
+        log.warning("%s takes no images: %s", self.name, reason)
+        self.vision, self.no_images = None, f"{self.name} takes no images here: {reason}"
 
+    def expand(self, tokens: npt.NDArray[np.int64], images: Sequence[ImageChunk], where: str) -> Expanded:
+        """A model input of text `tokens` [n] and images, which raises ContentError where it takes none.
+
+        `where` names the input in errors.
+        """
+        if self.vision is None:
+            raise ContentError(f"{where}.chunks[{images[0].chunk}] is image; {self.no_images}")
+        return self.vision.expand(tokens, images, where)
+
+    def hidden(
+        self, token_ids: Tensor, positions: Tensor, this: Pass, visual: Visual | None = None
+    ) -> Tensor:
+        """token_ids: int64 [rows], a padded number of them -> final hidden states [rows, hidden].
+
+        positions: int64 [rows], or [3, rows] where rows are those of images, whose features are `visual`.
         With gradients enabled the result carries a graph whose backward pass fills the blocks' gradients.
         """
+        extra: dict[str, Any] = {}
         with running(this):
             embedded = self._embed(token_ids.unsqueeze(0))
+            if visual is not None:
+                embedded = embedded.index_copy(1, visual.rows, visual.features.embeddings.unsqueeze(0))
+                if visual.features.deep:
+                    mask = torch.zeros_like(token_ids, dtype=torch.bool).index_fill(0, visual.rows, True)
+                    extra = {
+                        "visual_pos_masks": mask.unsqueeze(0),
+                        "deepstack_visual_embeds": list(visual.features.deep),
+                    }
             if torch.is_grad_enabled():
                 # The adapters are no inputs of autograd: this is what makes backward reach them all.
                 embedded = embedded.detach().requires_grad_(True)
-            out = self._body(inputs_embeds=embedded, position_ids=positions.unsqueeze(0), use_cache=False)
+            if self.vision is not None:  # text beside an image must get its rotation in the same way
+                positions = positions.expand(3, -1).contiguous()
+            out = self._body(
+                inputs_embeds=embedded, position_ids=positions.unsqueeze(-2), use_cache=False, **extra
+            )
         hidden: Tensor = out.last_hidden_state
         return hidden[0]
 
@@ -148,7 +198,7 @@ class BaseModel:
     def plain(self, token_ids: Tensor, cache: Any = None) -> Tensor:
         """Final hidden states [n, hidden] of one sequence, int64 [n], through transformers' own attention
         and recurrence, without adapters; an empty `cache` is filled."""
-        self.module.set_attn_implementation("eager")
+        self._text.set_attn_implementation("eager")
         try:
             positions = torch.arange(len(token_ids), device=self.device)
             with running(Pass([Segment(0, len(token_ids), None)])):
@@ -159,7 +209,27 @@ class BaseModel:
                     use_cache=cache is not None,
                 )
         finally:
-            self.module.set_attn_implementation("tinsmith")
+            self._text.set_attn_implementation("tinsmith")
+        hidden: Tensor = out.last_hidden_state
+        return hidden[0]
+
+    def plain_with_image(
+        self, token_ids: Tensor, kinds: Tensor, pixels: Tensor, grid: tuple[int, int, int]
+    ) -> Tensor:
+        """As `plain`, by all of transformers' model: kinds int64 [n] is 1 at an image's placeholders, whose
+        patches are pixels [patches, values] in the shape of `grid`."""
+        self._text.set_attn_implementation("eager")
+        try:
+            with running(Pass([Segment(0, len(token_ids), None)])):
+                out = self.module.base_model(
+                    input_ids=token_ids.unsqueeze(0).to(self.device),
+                    mm_token_type_ids=kinds.unsqueeze(0).to(self.device),
+                    pixel_values=pixels.to(self.device),
+                    image_grid_thw=torch.tensor([grid], device=self.device),
+                    use_cache=False,
+                )
+        finally:
+            self._text.set_attn_implementation("tinsmith")
         hidden: Tensor = out.last_hidden_state
         return hidden[0]
 
@@ -209,33 +279,43 @@ def _load(name: str, path: str, device: torch.device, dtype: torch.dtype) -> tup
         raise ModelError(f"{name}: no tokenizer could be loaded from {path}: {_short(error)}") from error
     try:
         config = AutoConfig.from_pretrained(path)
-        module = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation="tinsmith"
+        module, found = auto_class(config).from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention_of(config),
+            output_loading_info=True,
         )
     except Exception as error:
         raise ModelError(f"{name}: the model could not be loaded from {path}: {_short(error)}") from error
     module.config.get_text_config()._experts_implementation = "tinsmith"
     module.config._experts_implementation = "tinsmith"
-    return module.to(device), tokenizer  # type: ignore[arg-type]
+    module.tinsmith_missing = frozenset(found["missing_keys"])  # see Vision
+    return module.to(device), tokenizer
 
 
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
-def _replace(module: Any, mixers: Sequence[str]) -> Iterator[Slot]:
+def _replace(module: Any, mixers: Sequence[str], inner: str) -> Iterator[Slot]:
     """Put adapters' layers in the place of the linear layers and experts; yields their slots in order.
 
-    What lies inside a mixer, or a module that has called the attention interface, counts as attention.
+    `inner` names the language model where that is a part among others: nothing else is replaced then, and
+    its slots are called as if it were the whole. What lies inside a mixer, or a module that has called the
+    attention interface, counts as attention.
     """
     head = module.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError("the model has no linear unembedding")
     attention = [*mixers, *(n for n, m in module.named_modules() if hasattr(m, "tinsmith_attends"))]
     for name, child in list(module.named_modules()):
+        if inner and child is not head and not name.startswith(f"{inner}."):
+            continue
+        public = f"model{name[len(inner) :]}" if inner else name
         if hasattr(child, "_apply_gate") and hasattr(child, "down_proj") and hasattr(child, "is_transposed"):
-            child.tinsmith_name = name
-            yield from expert_slots(name, child)
+            child.tinsmith_name = public
+            yield from expert_slots(public, child)
         elif isinstance(child, nn.Linear):
             parent, _, leaf = name.rpartition(".")
             if leaf.endswith("gate") and child.out_features == 1:
@@ -244,9 +324,9 @@ def _replace(module: Any, mixers: Sequence[str]) -> Iterator[Slot]:
                 continue
             owner = next((a for a in attention if name.startswith(f"{a}.")), None)
             group: Group = "unembed" if child is head else "mlp" if owner is None else "attn"
-            parts = {UNEMBED: child.out_features} if child is head else {name: child.out_features}
+            parts = {UNEMBED: child.out_features} if child is head else {public: child.out_features}
             if owner in mixers:
-                parts = _parts(name, child, module.get_submodule(owner))
+                parts = _parts(public, child, module.get_submodule(owner))
             slots = [Slot(part, group, child.in_features, size) for part, size in parts.items()]
             setattr(module.get_submodule(parent), leaf, LoraLinear(child, slots))
             yield from slots

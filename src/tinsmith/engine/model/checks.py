@@ -8,6 +8,10 @@ than trained wrongly.
 
 from __future__ import annotations
 
+import io
+
+import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -15,6 +19,8 @@ from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.base import BaseModel, ModelError
 from tinsmith.engine.model.packing import PackedSequences, Pass, Segment
 from tinsmith.engine.model.recurrent import PackedRecurrence
+from tinsmith.engine.model.vision import Vision
+from tinsmith.wire.images import ImageChunk
 
 _LENGTHS = (21, 12)
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -46,6 +52,41 @@ def check(model: BaseModel) -> None:
                 f"{model.name}: {architecture} has an attention or a recurrence that differs from this "
                 "server's; such models cannot be served yet"
             )
+    if model.vision is not None:
+        _check_images(model, model.vision, first)
+
+
+def _check_images(model: BaseModel, vision: Vision, text: Tensor) -> None:
+    """Serve text alone where an image among text gives something else than transformers' own model."""
+    special = {getattr(model.module.config, name, None) for name in ("image_token_id", "video_token_id")}
+    tokens = np.array([0 if t in special else t for t in text.tolist()], np.int64)
+    png = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)
+    PIL.Image.fromarray(noise).save(png, "PNG")
+    try:
+        made = vision.expand(tokens, [ImageChunk(1, 5, png.getvalue(), "png")], "check")
+        ((first, image),) = made.images
+        kinds = torch.zeros(len(made.tokens), dtype=torch.int64)
+        kinds[first : first + image.tokens] = 1
+        theirs = model.plain_with_image(
+            torch.from_numpy(made.tokens), kinds, vision.pixels(image), image.grid
+        )
+    except Exception as error:
+        model.refuse_images(f"trying one failed: {type(error).__name__}: {error}")
+        return
+    n = len(made.tokens)
+    rows = pad_rows(n)
+    ids = torch.nn.functional.pad(torch.from_numpy(made.tokens), (0, rows - n))
+    positions = torch.nn.functional.pad(made.positions, (0, rows - n))
+    segments = [Segment(0, rows, None)]
+    recurrent = PackedRecurrence(segments, [(0, n)], model.device) if model.mixers else None
+    this = Pass(segments, PackedSequences([(0, n)], rows, model.device, model.dtype), recurrent)
+    visual = vision.visual(made.within(0, 0, n))
+    ours = model.hidden(ids.to(model.device), positions.to(model.device), this, visual)[:n]
+    if _differs(ours, theirs, model.dtype):
+        model.refuse_images(
+            f"{type(model.module).__name__} treats them in a way that this server does not know"
+        )
 
 
 def _hidden(model: BaseModel, texts: list[Tensor]) -> Tensor:
