@@ -8,83 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.engine.reference import Reference
 from tests.engine.test_sampler import PLENTY, ids, lps, run, sample, trainer_logprobs
 from tests.engine.test_training import sequences, train
-from tests.engine.tiny import SIZES, load, logprobs, make_family, make_run, relative, request, tokens
+from tests.engine.tiny import load, logprobs, make_run, relative, request, tokens
+from tests.families import FAMILIES, RECURRENT, make
 from tinsmith.engine.exactness import settle
 from tinsmith.engine.model.checks import check
 from tinsmith.engine.sampler import Sampler
-
-HEAD = {"head_dim": 16}
-MLA = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-DELTA = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_conv_kernel_dim": 4,
-}
-SHARED = {"num_experts": 8, "shared_expert_intermediate_size": 32}
-FAMILIES = {
-    "Mistral": {**SIZES, **HEAD, "sliding_window": 8},
-    "Olmo3": SIZES,
-    "Phi3": {**SIZES, "pad_token_id": 0},
-    "GptOss": {**SIZES, **HEAD, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
-    "DeepseekV3": {
-        **SIZES,
-        **MLA,
-        **EXPERTS,
-        "q_lora_rank": 32,
-        "n_routed_experts": 8,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
-    "Qwen3_5Text": {**SIZES, **HEAD, **DELTA},
-    "Qwen3_5MoeText": {**SIZES, **HEAD, **DELTA, **EXPERTS, **SHARED},
-    "Qwen3Next": {**SIZES, **HEAD, **DELTA, **EXPERTS, **SHARED},
-    "NemotronH": {
-        **{name: size for name, size in SIZES.items() if name != "num_hidden_layers"},
-        **HEAD,
-        **EXPERTS,
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 32,
-        "ssm_state_size": 16,
-        "n_groups": 2,
-        "chunk_size": 16,
-        "n_routed_experts": 8,
-        "moe_shared_expert_intermediate_size": 32,
-        "moe_latent_size": 32,
-    },
-    "KimiLinear": {
-        **SIZES,
-        **MLA,
-        **EXPERTS,
-        "layer_types": ["linear_attention", "full_attention"],
-        "mlp_layer_types": ["dense", "sparse"],
-        "linear_num_heads": 4,
-        "linear_head_dim": 16,
-        "num_local_experts": 8,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "Lfm2": {**SIZES, "layer_types": ["conv", "full_attention"]},
-}
-# Their layers take one token and many by different formulas.
-RECURRENT = {"Qwen3_5Text", "Qwen3_5MoeText", "Qwen3Next", "NemotronH", "KimiLinear"}
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +24,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("families")
 
     def get(name: str) -> Path:
-        if not (root / name).exists():
-            make_family(name, "ForCausalLM", root / name, FAMILIES[name])
-        return root / name
+        return make(name, root)
 
     return get
 
@@ -141,18 +71,3 @@ class TestFamily:
             else:
                 near = 1e-5 if dtype is torch.float32 else 2e-2
                 assert relative(lps(sequence), expected[len(prompt) - 1 :]) < near
-
-    def test_greedy_is_transformers_generate(self, family: Callable[[str], Path], name: str) -> None:
-        reference = AutoModelForCausalLM.from_pretrained(family(name), dtype=torch.float32)
-        prompt = torch.tensor([tokens(40, 9)])
-        expected = reference.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=25,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        command = sample("g", tokens(40, 9), max_tokens=25, stop=(), temperature=0.0)
-        (out,) = run(Sampler(load(family(name)), PLENTY), (command, None))
-        assert ids(out.sequences[0]) == expected[0, 40:].tolist()

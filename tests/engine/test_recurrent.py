@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.engine import test_training
-from tests.engine.test_families import FAMILIES
 from tests.engine.test_sampler import PLENTY, run, sample
 from tests.engine.test_training import sequences, train
-from tests.engine.tiny import load, logprobs, make_family, make_run, relative, request, tokens
+from tests.engine.tiny import load, logprobs, make_run, relative, request, tokens
+from tests.families import make
 from tinsmith.engine import sampler as module
 from tinsmith.engine.exactness import settle
 from tinsmith.engine.kv_cache import PagePool
@@ -26,9 +26,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("recurrent")
 
     def get(name: str) -> Path:
-        if not (root / name).exists():
-            make_family(name, "ForCausalLM", root / name, FAMILIES[name])
-        return root / name
+        return make(name, root)
 
     return get
 
