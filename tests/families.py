@@ -28,6 +28,7 @@ DELTA = {
     "linear_conv_kernel_dim": 4,
 }
 SHARED = {"num_experts": 8, "shared_expert_intermediate_size": 32}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -85,11 +86,14 @@ FAMILIES = {
     "Mistral": {**SIZES, **HEAD, "sliding_window": 8},
     "Olmo3": SIZES,
     "Phi3": {**SIZES, "pad_token_id": 0},
+    "Gemma2": {**SIZES, **HEAD, **WINDOWS},
+    "Gemma3Text": {**SIZES, **HEAD, **WINDOWS},
     "Lfm2": {**SIZES, "layer_types": ["conv", "full_attention"]},
 }
 # Their layers take one token and many by different formulas: the sampler agrees with the trainer within
 # rounding, where others agree bit for bit.
 RECURRENT = {"Qwen3_5Text", "Qwen3_5MoeText", "Qwen3Next", "NemotronH", "KimiLinear"}
+GENERIC = {"Gemma2"}  # through transformers' own attention and cache, and within rounding, too
 
 
 def make(row: str, root: Path) -> Path:

@@ -13,7 +13,7 @@ from tests.engine.reference import Reference
 from tests.engine.test_sampler import PLENTY, ids, lps, run, sample, trainer_logprobs
 from tests.engine.test_training import sequences, train
 from tests.engine.tiny import load, logprobs, make_run, relative, request, tokens
-from tests.families import FAMILIES, RECURRENT, make
+from tests.families import FAMILIES, GENERIC, RECURRENT, make
 from tinsmith.engine.exactness import settle
 from tinsmith.engine.model.checks import check
 from tinsmith.engine.sampler import Sampler
@@ -36,6 +36,7 @@ class TestFamily:
     ) -> None:
         model = load(family(name))
         check(model)
+        assert model.generic == (name in GENERIC)
         assert settle([model], 32) == {model.name: []}
         trained = make_run(model)
         texts = sequences(0, (40, 5, 90))
@@ -66,8 +67,25 @@ class TestFamily:
             prompt = np.frombuffer(command.prompt, np.int32).tolist()
             (sequence,) = out.sequences
             expected = trainer_logprobs(model, adapter, prompt + ids(sequence))
-            if name not in RECURRENT:
+            if name not in RECURRENT | GENERIC:
                 assert np.array_equal(lps(sequence), expected[len(prompt) - 1 :])
             else:
                 near = 1e-5 if dtype is torch.float32 else 2e-2
                 assert relative(lps(sequence), expected[len(prompt) - 1 :]) < near
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "DeepseekV3", "NemotronH", "GptOss"])
+def test_the_generic_path_would_be_right_for_any_family(family: Callable[[str], Path], name: str) -> None:
+    packed, generic = load(family(name)), load(family(name))
+    generic.go_generic()
+    check(generic)
+    texts = sequences(0, (40, 5, 90))
+    ours, theirs = make_run(generic), make_run(packed)
+    for a, b in zip(*(logprobs(train(each, request(texts))) for each in (ours, theirs)), strict=True):
+        assert relative(a, b) < 1e-5
+    assert ours.live.gradient is not None
+    assert theirs.live.gradient is not None
+    assert relative(ours.live.gradient, theirs.live.gradient) < 1e-5
+    command = sample("s", tokens(70, 1), max_tokens=30, stop=(), seed=1)
+    (a,), (b,) = (run(Sampler(each, PLENTY), (command, None)) for each in (generic, packed))
+    assert ids(a.sequences[0]) == ids(b.sequences[0])

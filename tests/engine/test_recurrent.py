@@ -1,4 +1,4 @@
-"""Families whose layers carry a state: company, chunks and lost room change nothing about a result."""
+"""Sequences with a state of their own: company, chunks and lost room change nothing about a result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinsmith.engine.exactness import settle
 from tinsmith.engine.kv_cache import PagePool
 from tinsmith.engine.sampler import Sampler
 
-NAMES = ["Qwen3_5Text", "NemotronH", "KimiLinear"]
+NAMES = ["Qwen3_5Text", "NemotronH", "KimiLinear", "Gemma2"]
 
 
 @pytest.fixture(scope="module")

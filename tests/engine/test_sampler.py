@@ -17,6 +17,7 @@ from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
 from tinsmith.engine.model.packing import PackedSequences, Pass, Segment
+from tinsmith.engine.model.recurrent import PackedRecurrence
 from tinsmith.engine.sampler import Sampler
 from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith.wire.training import ContentError
@@ -76,10 +77,10 @@ def trainer_logprobs(model: BaseModel, weights: AdapterWeights | None, text: Seq
     positions = torch.zeros(rows, dtype=torch.int64)
     inputs[:n], positions[:n] = torch.tensor(text[:-1]), torch.arange(n)
     segment = Segment(0, rows, weights)
+    attention = PackedSequences([(0, n)], rows, model.device, model.dtype)
+    recurrent = PackedRecurrence([segment], [(0, n)], model.device) if model.apart else None
     with torch.no_grad():
-        hidden = model.hidden(
-            inputs, positions, Pass([segment], PackedSequences([(0, n)], rows, model.device, model.dtype))
-        )
+        hidden = model.hidden(inputs, positions, Pass([segment], attention, recurrent))
         table = model.log_softmax(model.logits(hidden, Pass([segment])))
     return table[:n].gather(1, torch.tensor(text[1:])[:, None])[:, 0].numpy()
 

@@ -38,10 +38,11 @@ from tinsmith.engine.commands import (
     Sample,
     SaveState,
 )
+from tinsmith.engine.device import pick_device, pick_dtype
 from tinsmith.engine.exactness import settle
 from tinsmith.engine.memory import Budget, available_memory
 from tinsmith.engine.model.attention import PADDING
-from tinsmith.engine.model.base import BaseModel, ModelError
+from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.checks import check
 from tinsmith.engine.model.vision import CACHE_BYTES
 from tinsmith.engine.runs import Answer, Run
@@ -66,8 +67,8 @@ class Engine:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
-        self.device = _device(config.device)
-        dtype = _dtype(config.dtype, self.device)
+        self.device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, self.device)
         self.models: dict[str, BaseModel] = {}
         for source in config.models:
             model = BaseModel(source.name, source.path, self.device, dtype, config.max_context)
@@ -489,24 +490,6 @@ def _same_shape(run: Run, spec: object) -> None:
                 f"the checkpoint has {name} {theirs}, this run has {getattr(own, name)}; create the training "
                 "client from the checkpoint instead (create_training_client_from_state)"
             )
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError(
-            "--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build"
-        )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bf16 on a GPU and on CPUs with instructions for it, else fp32."""
-    if name == "auto":
-        fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
 def _failed(what: str, error: Exception) -> Failed:

@@ -87,7 +87,7 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
 def _settle_mixers(model: BaseModel) -> None:
     """Find how single tokens may go through the recurrent layers together and keep their bits: their
     elementwise functions take the last few numbers of a tensor by another way than the rest."""
-    if model.mixers:
+    if model.mixers and not model.generic:
         for model.mixers_padding in _BATCHES:
             if _mixers_hold(model):
                 return

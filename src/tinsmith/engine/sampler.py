@@ -19,11 +19,12 @@ import numpy.typing as npt
 import torch
 
 from tinsmith.engine.commands import Done, Failed, Sample, SampleParams
+from tinsmith.engine.generic import CachePool, SampledApart
 from tinsmith.engine.kv_cache import PagePool, chain, root
 from tinsmith.engine.model.attention import PAGE, pad_rows
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
-from tinsmith.engine.model.packing import Pass, Segment
+from tinsmith.engine.model.packing import Pass, RecurrentBackend, Segment
 from tinsmith.engine.model.vision import Expanded, Part
 from tinsmith.engine.paged_attention import Chunk, PagedAttention
 from tinsmith.engine.runs import Answer
@@ -95,8 +96,10 @@ class Sampler:
 
     def __init__(self, model: BaseModel, cache_bytes: int) -> None:
         self.model = model
-        self.states: StatePool | None = None
-        if model.mixers:
+        self.states: StatePool | CachePool | None = None
+        if model.generic:
+            self.states = CachePool(model, RUNNING, cache_bytes)
+        elif model.mixers:
             self.states = StatePool(model, RUNNING, cache_bytes // 2)
             cache_bytes -= cache_bytes // 2
         self.pool = PagePool(model, cache_bytes)
@@ -127,12 +130,24 @@ class Sampler:
                 f"the prompt of {len(prompt)} tokens needs {need} bytes of cache; this server has {have}. "
                 "Send a shorter prompt or raise --memory"
             )
+        if isinstance(self.states, CachePool):
+            limit = self._fit(self.states.most_tokens, len(prompt), limit, command.params.max_tokens)
         stop = StopCheck(command.params.stop, self.model.eos_token_ids, self.model.tokenizer)
         request = _Request(command, weights, answer, prompt, content, expanded, limit, stop)
         self.requests[command.request] = request
         # The other samples join when the first has computed the prompt for all.
         request.live.append(_Sequence(request, 0, list(prompt)))
         self.waiting.append(request.live[0])
+
+    @staticmethod
+    def _fit(most: int, prompt: int, limit: int, wanted: int | None) -> int:
+        """The output tokens for which a cache of `most` tokens has room. Raises ContentError."""
+        if prompt + (wanted or 1) > most:
+            raise ContentError(
+                f"the prompt of {prompt} tokens and max_tokens {wanted} need a larger cache; this server has "
+                f"room for {most} tokens of a sequence. Send less or raise --memory"
+            )
+        return min(limit, most - prompt)
 
     def cancel(self, name: str) -> None:
         """Stop a request and free what it held."""
@@ -292,10 +307,12 @@ class Sampler:
             segments.append(Segment(start, len(ids), members[0][0].request.weights))
         device = self.model.device
         attention = PagedAttention(self.pool, chunks, len(ids))
-        recurrent = None
-        if self.states is not None:
-            slots = [sequence.slot for sequence, _, _ in placed if sequence.slot is not None]
+        recurrent: RecurrentBackend | None = None
+        slots = [sequence.slot for sequence, _, _ in placed if sequence.slot is not None]
+        if isinstance(self.states, StatePool):
             recurrent = SampledRecurrence(self.states, segments, list(zip(chunks, slots, strict=True)))
+        elif self.states is not None:
+            recurrent = SampledApart(self.states, segments, list(zip(chunks, slots, strict=True)))
         places = torch.tensor(positions)
         if of_images:
             places = places.repeat(3, 1)

@@ -23,13 +23,12 @@ class StatePool:
     are found out by running one token when the pool is made.
     """
 
-    def __init__(self, model: BaseModel, capacity: int, state_bytes: int) -> None:
-        """As many slots as fit into `state_bytes`, at most `capacity`, at least one."""
+    def __init__(self, model: BaseModel, capacity: int, pool_bytes: int) -> None:
+        """As many slots as fit into `pool_bytes`, at most `capacity`, at least one."""
         self.model = model
         self._tensors: dict[tuple[int, str, int], Tensor] = {}  # (layer, kind, index of the state)
         sample = _one_token(model)
-        each = sum(x.numel() * x.element_size() for _, _, x in sample)
-        self.capacity = max(1, min(capacity, state_bytes // max(1, each)))
+        self.capacity = max(1, min(capacity, pool_bytes // max(1, _size(sample))))
         for layer, (kind, index), x in sample:
             self._tensors[layer, kind, index] = x.new_zeros(self.capacity, *x.shape[1:])
         self._free = list(range(self.capacity - 1, -1, -1))
@@ -44,20 +43,33 @@ class StatePool:
         for x in self._tensors.values():
             x[target] = x[source]
 
-    def load(self, layer: int, slots: Tensor, cache: Any) -> None:
-        """Put the states of `slots` into a fresh layer of transformers' cache, as a batch."""
+    def resume(self, layer: int, slots: Tensor | None) -> Any:
+        """A fresh cache of transformers' with the states of `slots` in it, as a batch; None: empty."""
+        cache = self.model.new_state()
+        if slots is None:
+            return cache
         into = cache.layers[layer]
         for (owner, kind, index), x in self._tensors.items():
             if owner == layer:
                 into.lazy_initialization(**{kind: x[slots]}, state_idx=index)
                 getattr(into, kind)[index].copy_(x[slots])
                 into.has_previous_state[index] = True
+        return cache
 
     def store(self, layer: int, slots: Tensor, cache: Any) -> None:
         """Take the states of a batch back into `slots`; more of them than slots are padding."""
         for (owner, kind, index), x in self._tensors.items():
             if owner == layer:
                 x[slots] = getattr(cache.layers[layer], kind)[index][: len(slots)]
+
+
+def state_bytes(model: BaseModel) -> int:
+    """What the recurrent layers keep of one sequence, whatever its length."""
+    return _size(_one_token(model)) if model.mixers else 0
+
+
+def _size(states: list[tuple[int, tuple[str, int], Tensor]]) -> int:
+    return sum(x.numel() * x.element_size() for _, _, x in states)
 
 
 def _one_token(model: BaseModel) -> list[tuple[int, tuple[str, int], Tensor]]:
@@ -114,9 +126,7 @@ class SampledRecurrence:
     def __call__(self, layer: int, mixer: Mixer, hidden: Tensor) -> Tensor:
         out = torch.zeros_like(hidden)
         for group, before, after in self.groups:
-            cache = self.pool.model.new_state()
-            if before is not None:
-                self.pool.load(layer, before, cache)
+            cache = self.pool.resume(layer, before)
             out[group.rows.index_select(0, group.real)] = group.run(mixer, hidden, cache)
             self.pool.store(layer, after, cache)
         return out

@@ -172,7 +172,7 @@ def run_pass(work: Sequence[tuple[TrainingJob, _Cut]]) -> None:
             spans.append((row, n))
             row += n
         at += cut.rows
-    recurrent = PackedRecurrence(segments, spans, model.device) if model.mixers else None
+    recurrent = PackedRecurrence(segments, spans, model.device) if model.apart else None
     this = Pass(segments, PackedSequences(spans, rows, model.device, model.dtype), recurrent)
     visual = model.vision.visual(images) if model.vision is not None else None
     with torch.set_grad_enabled(backward), running(this):
@@ -276,6 +276,8 @@ def peak_bytes(model: BaseModel, rows: int, longest: int, backward: bool) -> int
     per_layer = size * (8 * hidden + 6 * heads * dim + 5 * inner * top_k) + 4 * (4 * hidden + 2 * heads * dim)
     layers = int(config.num_hidden_layers) if backward else 2
     scores = 4 * 4 * heads * min(TILE, longest) * round_up(longest, 64)
+    if model.generic:  # transformers' own attention holds them all, of every layer and several times
+        scores = 3 * 4 * heads * longest * longest * layers
     logits = UNEMBED_ROWS * model.vocab_size * (2 * size + 3 * 4)
     features = 0 if model.vision is None else model.vision.row_bytes
     return rows * (per_layer * layers + 4 * hidden * size + features) + scores + logits

@@ -16,7 +16,8 @@ HEAD = {"head_dim": 16}
 @pytest.mark.parametrize(
     ("name", "suffix", "settings", "why"),
     [
-        ("Gemma2", "ForCausalLM", {**SIZES, **HEAD}, "Gemma2Attention caps its attention scores"),
+        ("RecurrentGemma", "ForCausalLM", {**SIZES, **HEAD, "lru_width": 64}, "inside its layers"),
+        ("MiniMax", "ForCausalLM", {**SIZES, **HEAD, "num_local_experts": 4}, "uses cache of its own"),
         (
             "GPT2",
             "LMHeadModel",

@@ -32,11 +32,16 @@ from tinsmith.wire.training import ContentError
 
 log = logging.getLogger(__name__)
 
+GENERIC = -1  # stands for a layer where all of them are meant
 UNEMBED = "model.unembed_tokens"  # the name that Tinker's adapter format gives the unembedding
 
 
 class ModelError(Exception):
     """A model cannot be served; the message names the folder and the cause."""
+
+
+class Unknown(Exception):
+    """An attention that this server's own does not do: the model takes the generic path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +67,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, heads, rows, dim] each -> [1, rows, heads, dim]."""
     if softcap is not None:
-        raise ModelError(
-            f"{type(module).__name__} caps its attention scores; such models cannot be served yet"
-        )
+        raise Unknown(f"{type(module).__name__} caps its attention scores")
     this = current_pass()
     if this is None or this.attention is None:
         raise RuntimeError("attention runs inside a pass only")
@@ -88,30 +91,68 @@ class BaseModel:
     None where images cannot be taken, and `no_images` says why.
     """
 
+    vision: Vision | None
+
     def __init__(
         self, name: str, path: str, device: torch.device, dtype: torch.dtype, max_context: int | None = None
     ) -> None:
+        """Loads it. Raises ModelError."""
+        module, tokenizer = _load(name, path, device, dtype)
+        self._adopt(name, path, module, tokenizer, device, dtype, max_context)
+        self.fingerprint = _fingerprint(_folder(path))
+        if sees(module.config):
+            try:
+                self.vision = Vision(self.module, path, self.vocab_size, device)
+            except NoImages as reason:
+                self.refuse_images(str(reason))
+
+    @classmethod
+    def of_shapes(cls, name: str, path: str, module: nn.Module, dtype: torch.dtype) -> BaseModel:
+        """A model that knows its shapes alone: `module` lies on the meta device. Raises ModelError."""
+        model = cls.__new__(cls)
+        model._adopt(name, path, module, None, torch.device("meta"), dtype, None)
+        return model
+
+    def _adopt(
+        self,
+        name: str,
+        path: str,
+        module: Any,
+        tokenizer: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_context: int | None,
+    ) -> None:
+        """Find the parts of transformers' model and put this server's own in their places."""
         self.name, self.path, self.device, self.dtype = name, path, device, dtype
-        self.module, self.tokenizer = _load(name, path, device, dtype)
+        self.module, self.tokenizer = module, tokenizer
         self.module.requires_grad_(False).eval()
         self.config = self.module.config.get_text_config()
         has_eyes = sees(self.module.config)
         whole = has_eyes or self.module.base_model is self.module
         self._body = self.module.get_decoder() if whole else self.module.base_model
+        if self._body is self.module:  # some name their body otherwise than they say
+            self._body = self.module.model
         self._text = self._body if has_eyes else self.module
         self._embed = self.module.get_input_embeddings()
         self.mixers = {name: layer for name, layer, _ in find_mixers(self.module)}
-        for name in self.mixers:
-            if not take_apart(self.mixers[name], self.module.get_submodule(name)):
-                kind = type(self.module.get_submodule(name)).__name__
-                raise ModelError(f"{self.name}: {kind} keeps its state where it cannot be reached")
-        self.vision: Vision | None = None
+        # Whether sequences go through all of the model apart, with transformers' own attention and cache.
+        self.generic = False
+        if not all(take_apart(layer, self.module.get_submodule(name)) for name, layer in self.mixers.items()):
+            self.go_generic()
+        self.vision = None
         self.no_images = "this model takes encoded text only"
         # Single tokens go through the mixers in batches of a multiple of this, or alone if 0 (exactness.py).
         self.mixers_padding = 0
-        self.attention_layers = self._measure_layers()
+        self.attention_layers: dict[int, LayerShape] = {}
+        if not self.generic:
+            try:
+                self.attention_layers = self._measure_layers()
+            except Exception as error:
+                log.debug("%s: no packed path", name, exc_info=error)
+                self.go_generic()
         inner = next(n for n, m in self.module.named_modules() if m is self._body) if has_eyes else ""
-        self.slots = list(_replace(self.module, list(self.mixers), inner))
+        self.slots = list(_replace(self.module, list(self.mixers), inner, self.generic))
         self.has_gates = any(isinstance(m, GateLinear) for m in self._body.modules())
         # (in, out) of the products that routers make with their own weights
         self.routers = {
@@ -123,11 +164,6 @@ class BaseModel:
         }
         self._head = self.module.get_output_embeddings()
         self.vocab_size = int(self._head.out_features)
-        if has_eyes:
-            try:
-                self.vision = Vision(self.module, path, self.vocab_size, device)
-            except NoImages as reason:
-                self.refuse_images(str(reason))
         limit = int(getattr(self.config, "max_position_embeddings", 0) or 0) or 4096
         if max_context is not None and max_context > limit:
             raise ModelError(f"{name}: max_context {max_context} exceeds the model's own {limit} positions")
@@ -135,8 +171,17 @@ class BaseModel:
         self.eos_token_ids = _eos(self.module, self.tokenizer)
         self.parameters = sum(p.numel() for p in self.module.parameters())
         self.nbytes = sum(p.numel() * p.element_size() for p in self.module.parameters())
-        self.fingerprint = _fingerprint(_folder(path))
         self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+
+    @property
+    def apart(self) -> bool:
+        """Whether sequences have state beside the pages, so that a pass must tell them apart."""
+        return self.generic or bool(self.mixers)
+
+    def go_generic(self) -> None:
+        """Take the generic path from now on: slower, and right wherever transformers is."""
+        self.generic, self.attention_layers, self.mixers_padding = True, {}, 0
+        self._text.set_attn_implementation("eager")
 
     def refuse_images(self, reason: str) -> None:
         """Serve text alone from now on."""
@@ -176,11 +221,28 @@ class BaseModel:
                 embedded = embedded.detach().requires_grad_(True)
             if self.vision is not None:  # text beside an image must get its rotation in the same way
                 positions = positions.expand(3, -1).contiguous()
+            if self.generic:
+                assert this.recurrent is not None
+                return this.recurrent(GENERIC, self._whole, embedded[0])
             out = self._body(
                 inputs_embeds=embedded, position_ids=positions.unsqueeze(-2), use_cache=False, **extra
             )
         hidden: Tensor = out.last_hidden_state
         return hidden[0]
+
+    def _whole(self, embedded: Tensor, cache: Any) -> Tensor:
+        """A batch of sequences [B, L, hidden] through the whole body, behind what is in `cache`."""
+        count, length = embedded.shape[:2]
+        first = 0 if cache is None else int(cache.get_seq_length())
+        positions = torch.arange(first, first + length, device=self.device).expand(count, -1)
+        out = self._body(
+            inputs_embeds=embedded,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
 
     def logits(self, hidden: Tensor, this: Pass) -> Tensor:
         """hidden: [n, hidden] of the rows in `this`, n padded -> [n, vocab] in its dtype."""
@@ -209,7 +271,7 @@ class BaseModel:
                     use_cache=cache is not None,
                 )
         finally:
-            self._text.set_attn_implementation("tinsmith")
+            self._text.set_attn_implementation("eager" if self.generic else "tinsmith")
         hidden: Tensor = out.last_hidden_state
         return hidden[0]
 
@@ -229,7 +291,7 @@ class BaseModel:
                     use_cache=False,
                 )
         finally:
-            self._text.set_attn_implementation("tinsmith")
+            self._text.set_attn_implementation("eager" if self.generic else "tinsmith")
         hidden: Tensor = out.last_hidden_state
         return hidden[0]
 
@@ -254,14 +316,8 @@ class BaseModel:
             return q.new_zeros(q.shape[1], q.shape[0], v.shape[-1])
 
         zeros = torch.zeros(PADDING.rows, dtype=torch.int64, device=self.device)
-        try:
-            with torch.no_grad():
-                self.hidden(zeros, zeros, Pass([Segment(0, PADDING.rows, None)], look))
-        except ModelError:
-            raise
-        except Exception as error:
-            kind = type(self.module).__name__
-            raise ModelError(f"{self.name}: {kind} cannot be run here: {_short(error)}") from error
+        with torch.no_grad():
+            self.hidden(zeros, zeros, Pass([Segment(0, PADDING.rows, None)], look))
         return {i: shapes[i] for i in sorted(shapes)}
 
 
@@ -298,17 +354,24 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
-def _replace(module: Any, mixers: Sequence[str], inner: str) -> Iterator[Slot]:
+def _replace(module: Any, mixers: Sequence[str], inner: str, generic: bool) -> Iterator[Slot]:
     """Put adapters' layers in the place of the linear layers and experts; yields their slots in order.
 
     `inner` names the language model where that is a part among others: nothing else is replaced then, and
     its slots are called as if it were the whole. What lies inside a mixer, or a module that has called the
-    attention interface, counts as attention.
+    attention interface, counts as attention; on the generic path, what is called so.
     """
     head = module.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError("the model has no linear unembedding")
-    attention = [*mixers, *(n for n, m in module.named_modules() if hasattr(m, "tinsmith_attends"))]
+    attention = [
+        *mixers,
+        *(
+            name
+            for name, child in module.named_modules()
+            if hasattr(child, "tinsmith_attends") or (generic and "Attention" in type(child).__name__)
+        ),
+    ]
     for name, child in list(module.named_modules()):
         if inner and child is not head and not name.startswith(f"{inner}."):
             continue
@@ -316,7 +379,7 @@ def _replace(module: Any, mixers: Sequence[str], inner: str) -> Iterator[Slot]:
         if hasattr(child, "_apply_gate") and hasattr(child, "down_proj") and hasattr(child, "is_transposed"):
             child.tinsmith_name = public
             yield from expert_slots(public, child)
-        elif isinstance(child, nn.Linear):
+        elif type(child).forward is nn.Linear.forward:  # a router may be one with a forward of its own
             parent, _, leaf = name.rpartition(".")
             if leaf.endswith("gate") and child.out_features == 1:
                 # It weighs a shared expert, as a router does: no adapter.
@@ -349,7 +412,7 @@ def _eos(module: Any, tokenizer: Any) -> tuple[int, ...]:
     """The generation config's end tokens, and the tokenizer's."""
     ids = getattr(module.generation_config, "eos_token_id", None)
     found = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    if tokenizer.eos_token_id is not None:
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
         found.append(tokenizer.eos_token_id)
     return tuple(dict.fromkeys(int(i) for i in found))
 

@@ -161,6 +161,14 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
     down, down_bias = self.down_proj, getattr(self, "down_proj_bias", None)
     if self.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
+    if hidden.is_meta:  # where tokens go is decided by values, and only shapes are asked for
+        return torch.empty_like(hidden)
+    of_batch = None
+    if this.places is not None:  # the rows stand in a batch of sequences: take them out, and put them back
+        of_rows, of_batch = this.places.of_rows, this.places.of_batch
+        hidden, top_k_index, top_k_weights = (
+            x.index_select(0, of_rows) for x in (hidden, top_k_index, top_k_weights)
+        )
     plan = _plan(this, top_k_index, up.shape[0])
     tokens, k = top_k_index.shape
     pairs = torch.arange(tokens, device=hidden.device).repeat_interleave(k)
@@ -179,4 +187,5 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
         y = self.act_fn(_GroupedLinear.apply(x, up, up_bias, plan, [(f"{name}.w1", slice(None))]))
     z = _GroupedLinear.apply(y, down, down_bias, plan, [(f"{name}.w2", slice(None))])
     out = z.index_select(0, plan.place).view(tokens, k, -1) * top_k_weights.unsqueeze(-1)
-    return out.sum(dim=1).to(hidden.dtype)
+    out = out.sum(dim=1).to(hidden.dtype)
+    return out if of_batch is None else out.index_select(0, of_batch)
