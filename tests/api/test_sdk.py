@@ -34,6 +34,9 @@ def test_the_server_names_its_models(server: Server) -> None:
     assert models[0].max_context_length == 512
     assert models[0].trainable
     assert models[0].sampleable
+    (more,) = server.raw().get("get_server_capabilities").json()["supported_models"]
+    assert (more["architecture"], more["path"], more["max_rank"]) == ("Qwen3ForCausalLM", "packed", 128)
+    assert more["why_no_images"] == "this model takes encoded text only"
 
 
 def test_info_gives_a_tokenizer_that_loads_from_this_machine(training: tinker.TrainingClient) -> None:

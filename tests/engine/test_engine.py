@@ -316,6 +316,14 @@ class TestStart:
         with pytest.raises(ModelError, match=str(path)):
             make_engine(path, tmp_path)
 
+    def test_a_model_says_what_it_has_no_room_for(self, engine: Engine) -> None:
+        (info,) = engine.info().models.values()
+        assert (info.not_trainable, info.not_sampleable, info.way) == ("", "", "packed")
+        engine.budget = Budget(adapters=1000, cache=1000, passes=1000)
+        (info,) = engine.info().models.values()
+        assert "rank 1" in info.not_trainable
+        assert "the smallest cache" in info.not_sampleable
+
     def test_too_little_memory_is_said_at_start(self, folder: Folder, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="memory bound is 1000"):
             make_engine(folder("qwen3"), tmp_path, memory=1000)

@@ -64,8 +64,19 @@ async def capabilities(call: Call) -> Response:
                 {
                     "model_name": model.name,
                     "max_context_length": model.max_context,
-                    "trainable": model.trainable,
-                    "sampleable": model.sampleable,
+                    "trainable": not model.not_trainable,
+                    "sampleable": not model.not_sampleable,
+                    # What the SDK does not ask for, and other clients may:
+                    "why_not_trainable": model.not_trainable or None,
+                    "why_not_sampleable": model.not_sampleable or None,
+                    "images": model.images,
+                    "why_no_images": model.no_images or None,
+                    "architecture": model.architecture,
+                    "parameters": model.parameters,
+                    "dtype": model.dtype,
+                    "max_rank": model.max_rank,
+                    "exact": model.exact,
+                    "path": model.way,
                 }
                 for model in call.service.context.engine.info.models.values()
             ]

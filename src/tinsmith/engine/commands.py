@@ -289,9 +289,11 @@ class ModelInfo:
     parameters: int
     fingerprint: str  # of config and weight index: the identity of the base that a run is bound to
     exact: bool
-    trainable: bool = True
-    sampleable: bool = True
+    way: str  # how sequences go through it, see BaseModel.way
     images: bool = False  # whether it takes them
+    no_images: str = ""  # why not
+    not_trainable: str = ""  # why no run can be made of it here; empty where one can
+    not_sampleable: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from tinsmith.engine.commands import (
     ForwardBackward,
     GetStatus,
     LoadState,
+    LoraSpec,
     ModelInfo,
     OpenSampler,
     OptimStep,
@@ -44,6 +45,7 @@ from tinsmith.engine.memory import Budget, available_memory
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.checks import check
+from tinsmith.engine.model.lora import Layout
 from tinsmith.engine.model.vision import CACHE_BYTES
 from tinsmith.engine.runs import Answer, Run
 from tinsmith.engine.sampler import Sampler
@@ -120,8 +122,29 @@ class Engine:
             parameters=model.parameters,
             fingerprint=model.fingerprint,
             exact=not self._inexact[model.name],
+            way=model.way,
             images=model.vision is not None,
+            no_images="" if model.vision is not None else model.no_images,
+            not_trainable=self._not_trainable(model),
+            not_sampleable=self._not_sampleable(model),
         )
+
+    def _not_trainable(self, model: BaseModel) -> str:
+        """Why not even the smallest run has room, or nothing."""
+        smallest = 4 * 4 * Layout(model.slots, LoraSpec(rank=1, seed=0)).size
+        if smallest > self.budget.adapters:
+            return f"an adapter of rank 1 needs {smallest} bytes in training; {self.budget.adapters} are left"
+        need = peak_bytes(model, PADDING.rows, PADDING.rows, True)
+        if need > self.budget.passes:
+            return f"a pass needs at least {need} bytes; {self.budget.passes} are left"
+        return ""
+
+    def _not_sampleable(self, model: BaseModel) -> str:
+        pool = self._samplers[model.name].pool
+        have = self.budget.cache // len(self.models)
+        if pool.capacity * pool.page_bytes > have:
+            return f"the smallest cache needs {pool.capacity * pool.page_bytes} bytes; {have} are left"
+        return ""
 
     def status(self) -> dict[str, object]:
         """Figures of the moment; bytes where nothing else is said."""

@@ -74,8 +74,8 @@ class Samplers:
 
     def sampleable(self, name: str) -> ModelInfo:
         model = self._context.model(name)
-        if not model.sampleable:
-            raise Refused(f"base_model: {model.name} cannot be sampled from here")
+        if model.not_sampleable:
+            raise Refused(f"base_model: {model.name} cannot be sampled from here: {model.not_sampleable}")
         return model
 
     async def get(self, caller: Caller, id_: str) -> SamplingSessionRow:

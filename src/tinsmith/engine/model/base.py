@@ -178,6 +178,13 @@ class BaseModel:
         """Whether sequences have state beside the pages, so that a pass must tell them apart."""
         return self.generic or bool(self.mixers)
 
+    @property
+    def way(self) -> str:
+        """How sequences go through it: "packed" (block-diagonal attention in training, a paged cache in
+        sampling), "packed, recurrent" (layers with a state of their own get padded batches of sequences), or
+        "generic" (all layers do, through transformers' own attention and cache)."""
+        return "generic" if self.generic else "packed, recurrent" if self.mixers else "packed"
+
     def go_generic(self) -> None:
         """Take the generic path from now on: slower, and right wherever transformers is."""
         self.generic, self.attention_layers, self.mixers_padding = True, {}, 0
