@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.engine.kernels import cpu
+from tinsmith.engine.kernels import attention as kernel
 from tinsmith.engine.model.attention import PAGE, round_up
 from tinsmith.engine.model.base import BaseModel
 
@@ -30,7 +30,7 @@ class PagePool:
 
     def __init__(self, model: BaseModel, cache_bytes: int) -> None:
         self.model = model
-        self.by_kernel = cpu.usable(model.device, model.dtype)
+        self.by_kernel = kernel.usable(model.device, model.dtype)
         per_token = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in model.attention_layers.values())
         self.page_bytes = max(1, per_token * PAGE * model.dtype.itemsize)
         self.capacity = max(4, cache_bytes // self.page_bytes)
@@ -50,7 +50,7 @@ class PagePool:
         for layer, shape in self.model.attention_layers.items():
             keys, values = (PAGE, shape.key_dim), (PAGE, shape.value_dim)
             if self.by_kernel:
-                keys, values = (shape.key_dim, PAGE), (PAGE, round_up(shape.value_dim, cpu.VALUE_PAD))
+                keys, values = (shape.key_dim, PAGE), (PAGE, round_up(shape.value_dim, kernel.VALUE_PAD))
             for store, dims in ((self.keys, keys), (self.values, values)):
                 # Zeros: a masked score times what lies in an unused place must be zero, never NaN.
                 new = torch.zeros(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinsmith.engine.kernels import cpu
+from tinsmith.engine.kernels import attention as kernel
 from tinsmith.engine.kv_cache import NULL, PagePool
 from tinsmith.engine.model.attention import PAGE, TILE, attend, pad_rows
 
@@ -38,9 +38,9 @@ class PagedAttention:
     def __init__(self, pool: PagePool, chunks: Sequence[Chunk], rows: int) -> None:
         device = pool.model.device
         self.pool, self.rows = pool, rows
-        self._chunks: cpu.Chunks | None = None
+        self._chunks: kernel.Chunks | None = None
         if pool.by_kernel:
-            self._chunks = cpu.Chunks([(c.row, c.length, c.position, c.pages) for c in chunks])
+            self._chunks = kernel.Chunks([(c.row, c.length, c.position, c.pages) for c in chunks])
             return
         at: list[int] = []
         page: list[int] = []
@@ -87,7 +87,7 @@ class PagedAttention:
     ) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         if self._chunks is not None:
-            return cpu.paged_attention(q, k, v, keys, values, self._chunks, scale, window, sinks)
+            return kernel.paged_attention(q, k, v, keys, values, self._chunks, scale, window, sinks)
         keys[self._page, :, self._place] = k[:, self._at].transpose(0, 1)
         values[self._page, :, self._place] = v[:, self._at].transpose(0, 1)
         out = q.new_zeros(self.rows, q.shape[0], v.shape[-1])

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.engine.commands import LoraSpec
+from tinsmith.engine.kernels import lora as kernel
 from tinsmith.engine.model.attention import pad_rows
-from tinsmith.engine.model.packing import Pass, current_pass
+from tinsmith.engine.model.packing import Pass, Segment, current_pass
 
 Group = Literal["attn", "mlp", "unembed"]
 
@@ -109,7 +110,7 @@ class AdapterWeights:
     alpha / rank folded into B. Immutable: an optimizer step makes new ones.
     """
 
-    __slots__ = ("__weakref__", "_a", "_b", "nbytes", "serial")
+    __slots__ = ("__weakref__", "_a", "_b", "_packed", "nbytes", "serial")
     _serials = itertools.count(1)
 
     def __init__(self, layout: Layout, flat: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -121,6 +122,7 @@ class AdapterWeights:
 
     def _fill(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         self._a, self._b = a, b
+        self._packed: dict[tuple[str, bool], kernel.Packed | None] = {}
         self.nbytes = sum(x.numel() * x.element_size() for x in (*a.values(), *b.values()))
         self.serial = next(AdapterWeights._serials)  # identity that is never used again, unlike id()
 
@@ -143,6 +145,18 @@ class AdapterWeights:
         """(A, scaled B) of a slot, or None where it is not trained."""
         a = self._a.get(name)
         return None if a is None else (a, self._b[name])
+
+    def packed(self, name: str, *, backward: bool) -> kernel.Packed | None:
+        """A slot's matrices as the kernel wants them, made on first use; None if they do not suit it."""
+        key = name, backward
+        if key not in self._packed:
+            a, b = self._a[name], self._b[name]
+            made = None
+            if kernel.packable(a, b):
+                made = (kernel.pack_backward if backward else kernel.pack_forward)(a, b)
+                self.nbytes += made.nbytes
+            self._packed[key] = made
+        return self._packed[key]
 
 
 class Gradients:
@@ -174,15 +188,27 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, this: Pass) -> Tensor:
         y = F.linear(x, weight, bias)
         hidden: list[Tensor | None] = []
+        chains: list[kernel.Chain] = []
+        by_kernel = kernel.usable(x)
         for segment in this.segments:
+            rows = x[segment.start : segment.stop]
             for name, columns in parts:
-                ab = segment.weights.get(name) if segment.weights is not None else None
-                if ab is None:
+                weights = segment.weights
+                ab = weights.get(name) if weights is not None else None
+                if weights is None or ab is None:
                     hidden.append(None)
                     continue
-                h = F.linear(x[segment.start : segment.stop], ab[0])
-                y[segment.start : segment.stop, columns] += F.linear(h, ab[1])
+                out = y[segment.start : segment.stop, columns]
+                packed = weights.packed(name, backward=False) if by_kernel else None
+                if packed is None:
+                    h = F.linear(rows, ab[0])
+                    out += F.linear(h, ab[1])
+                else:
+                    h = x.new_empty(len(rows), len(ab[0]))
+                    chains.append(kernel.Chain(rows, packed, h, out))
                 hidden.append(h)
+        if chains:
+            kernel.run(chains)
         ctx.save_for_backward(x, weight, *[h for h in hidden if h is not None])
         ctx.has, ctx.parts, ctx.this = [h is not None for h in hidden], parts, this
         return y
@@ -191,22 +217,47 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, weight, *saved = ctx.saved_tensors
-        hidden, has = iter(saved), iter(ctx.has)
+        rest = iter(saved)
+        hidden = [next(rest) if has else None for has in ctx.has]
         dx = dy @ weight
-        for segment in ctx.this.segments:
-            rows = slice(segment.start, segment.stop)
-            for name, columns in ctx.parts:
-                if not next(has):
+        by_kernel = kernel.usable(x)
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        for part, (name, columns) in enumerate(ctx.parts):
+            chains: list[kernel.Chain] = []
+            outers: list[kernel.Outer] = []
+            for segment, h in zip(ctx.this.segments, hidden[part :: len(ctx.parts)], strict=True):
+                if h is None:
                     continue
-                h, (a, b) = next(hidden), segment.weights.get(name)
-                dy_part = dy[rows, columns].contiguous()
-                dh = dy_part @ b
-                dx[rows] += dh @ a
+                rows = slice(segment.start, segment.stop)
+                packed = segment.weights.packed(name, backward=True) if by_kernel else None
+                if packed is None:
+                    _plain_backward(x, dy[rows, columns].contiguous(), dx[rows], h, segment, name)
+                    continue
+                dh = torch.empty_like(h)
+                chains.append(kernel.Chain(dy[rows, columns], packed, dh, dx[rows]))
                 for block in segment.blocks:
                     inner = slice(block.start - segment.start, block.stop - segment.start)
                     outer = slice(block.start, block.stop)
-                    block.gradients.add(name, None, x[outer], h[inner], dy_part[inner], dh[inner])
+                    a, b = block.gradients.views[name]
+                    scale = block.gradients.scale
+                    outers.append(
+                        kernel.Outer(x[outer], dh[inner], dy[outer, columns], h[inner], a, b, scale)
+                    )
+            if chains:
+                kernel.run(chains)
+            if outers:
+                kernel.add_gradients(outers)
         return dx, None, None, None, None
+
+
+def _plain_backward(x: Tensor, dy: Tensor, dx: Tensor, h: Tensor, segment: Segment, name: str) -> None:
+    """One adapter's part of the backward pass by torch; dy, dx and h are the segment's rows alone."""
+    a, b = segment.weights.get(name)  # type: ignore[union-attr, misc]
+    dh = dy @ b
+    dx += dh @ a
+    for block in segment.blocks:
+        inner = slice(block.start - segment.start, block.stop - segment.start)
+        block.gradients.add(name, None, x[block.start : block.stop], h[inner], dy[inner], dh[inner])
 
 
 Parts = Sequence[tuple[str, slice]]  # (slot name, columns of the output) of what a layer fuses

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from tinsmith.engine.kernels import cpu
+from tinsmith.engine.kernels import attention as kernel
 from tinsmith.engine.model.attention import PAGE, PackedAttention, round_up
 
 if TYPE_CHECKING:  # lora imports this module
@@ -125,7 +125,7 @@ class PackedSequences:
     ) -> None:
         """spans: (first row, length) of every sequence."""
         self.rows = rows
-        self.spans = cpu.Spans(spans) if cpu.usable(device, dtype) else None
+        self.spans = kernel.Spans(spans) if kernel.usable(device, dtype) else None
         if self.spans is not None:
             return
         groups: dict[int, list[tuple[int, int]]] = {}
@@ -154,7 +154,7 @@ class PackedSequences:
         sinks: Tensor | None,
     ) -> Tensor:
         if self.spans is not None:
-            result: Tensor = cpu.SpanAttention.apply(q, k, v, self.spans, scale, window, sinks)
+            result: Tensor = kernel.SpanAttention.apply(q, k, v, self.spans, scale, window, sinks)
             return result
         out = q.new_zeros(self.rows, q.shape[0], v.shape[-1])
         for count, padded, index, keep, to in self.groups:

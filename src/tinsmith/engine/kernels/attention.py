@@ -1,87 +1,18 @@
-"""The CPU attention kernel (attention.cpp): built once on this machine with its own C++ compiler, kept in
-the user's cache folder, and spoken to through ctypes.
-
-Where there is no compiler, or no vector unit that it is written for, `library()` is None and the torch path
-does the same work more slowly. TINSMITH_KERNELS=off asks for that.
-"""
+"""Attention by the CPU kernel (attention.cpp): over packed sequences in training, over pages in sampling."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from tinsmith.engine.kernels.library import library, pointer
 
 VALUE_PAD = 16  # a page's values stand in rows of a multiple of this, as attention.cpp has it
-_SOURCE = Path(__file__).with_name("attention.cpp")
-_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The kernels, or None where they cannot be had."""
-    if os.environ.get("TINSMITH_KERNELS", "on").lower() in ("off", "0", "no"):
-        return None
-    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
-    if compiler is None:
-        log.info("no C++ compiler here: attention takes torch's path, which is slower")
-        return None
-    try:
-        return ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        text = getattr(error, "stderr", "") or str(error)
-        log.warning("the attention kernel could not be built, torch's path is taken: %s", text[-400:])
-        return None
-
-
-def _build(compiler: str) -> Path:
-    """Compile, unless that has been done for this source, compiler and processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    target = subprocess.run(
-        [compiler, "-march=native", "-E", "-dM", "-x", "c++", os.devnull],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    # One OpenMP runtime in the process: two would keep their threads spinning against each other.
-    runtime = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    parts = (_SOURCE.read_text(), version, target, " ".join(_FLAGS), *map(str, runtime))
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    folder = _cache_folder()
-    path = folder / f"attention-{digest}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            out = Path(work) / "attention.so"
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(out), *map(str, runtime[:1])]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-            os.replace(out, path)
-    return path
-
-
-def _cache_folder() -> Path:
-    """A folder that is this user's alone: what lies there is loaded into the process."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "tinsmith" / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="tinsmith-kernels-"))
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
@@ -92,10 +23,6 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     function = getattr(library(), f"{name}_{_NAMES[dtype]}")
     function(*arguments)
-
-
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def _strides(*tensors: Tensor) -> Any:
@@ -144,9 +71,9 @@ class SpanAttention(torch.autograd.Function):
         sinks = None if sinks is None else sinks.detach().float().contiguous()
         _call(
             "train_forward", q.dtype,
-            _pointer(q), _pointer(k), _pointer(v), _pointer(out), _pointer(top), _pointer(total),
+            pointer(q), pointer(k), pointer(v), pointer(out), pointer(top), pointer(total),
             spans.numbers, spans.count, _strides(q, k, v), heads, k.shape[0], dim, v.shape[-1], rows,
-            ctypes.c_float(scale), window or 0, _pointer(sinks), torch.get_num_threads(),
+            ctypes.c_float(scale), window or 0, pointer(sinks), torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, top, total)
         ctx.spans, ctx.scale, ctx.window = spans, scale, window
@@ -159,8 +86,8 @@ class SpanAttention(torch.autograd.Function):
         dq, dk, dv = (x.new_zeros(x.shape[1], x.shape[0], x.shape[2]) for x in (q, k, v))
         _call(
             "train_backward", q.dtype,
-            _pointer(q), _pointer(k), _pointer(v), _pointer(out), _pointer(grad), _pointer(top),
-            _pointer(total), _pointer(dq), _pointer(dk), _pointer(dv), ctx.spans.numbers, ctx.spans.count,
+            pointer(q), pointer(k), pointer(v), pointer(out), pointer(grad), pointer(top),
+            pointer(total), pointer(dq), pointer(dk), pointer(dv), ctx.spans.numbers, ctx.spans.count,
             _strides(q, k, v, grad), q.shape[0], k.shape[0], q.shape[2], v.shape[2], q.shape[1],
             ctypes.c_float(ctx.scale), ctx.window or 0, torch.get_num_threads(),
         )  # fmt: skip
@@ -202,8 +129,8 @@ def paged_attention(
     sinks = None if sinks is None else sinks.detach().float().contiguous()
     _call(
         "paged", q.dtype,
-        _pointer(q), _pointer(k), _pointer(v), _pointer(out), _pointer(key_pages), _pointer(value_pages),
+        pointer(q), pointer(k), pointer(v), pointer(out), pointer(key_pages), pointer(value_pages),
         chunks.numbers, chunks.count, chunks.pages, _strides(q, k, v), heads, k.shape[0], dim, v.shape[-1],
-        ctypes.c_float(scale), window or 0, _pointer(sinks), torch.get_num_threads(),
+        ctypes.c_float(scale), window or 0, pointer(sinks), torch.get_num_threads(),
     )  # fmt: skip
     return out

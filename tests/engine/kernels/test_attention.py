@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.engine.tiny import relative, threads
-from tinsmith.engine.kernels import cpu
+from tinsmith.engine.kernels import attention as kernel
 from tinsmith.engine.model.attention import PAGE, round_up
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler here")
+pytestmark = pytest.mark.skipif(kernel.library() is None, reason="no C++ compiler here")
 
 # heads, kv heads, key dim, value dim, window, sinks
 SHAPES = [
@@ -66,7 +66,7 @@ class TestSpans:
         q, k, v, sinks = inputs(shape, dtype)
         near = 1e-6 if dtype is torch.float32 else 4e-3
         leaves = [x.detach().requires_grad_(True) for x in (q, k, v)]
-        out = cpu.SpanAttention.apply(*leaves, cpu.Spans(SPANS), 0.2, window, sinks)
+        out = kernel.SpanAttention.apply(*leaves, kernel.Spans(SPANS), 0.2, window, sinks)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         out.backward(weight)
         exact = [x.detach().double().requires_grad_(True) for x in (q, k, v)]
@@ -87,20 +87,20 @@ class TestSpans:
         n = 200
         q, k, v, sinks = inputs(shape, dtype, n)
         with threads(1):
-            whole = cpu.SpanAttention.apply(q, k, v, cpu.Spans([(0, n)]), 0.2, window, sinks)
+            whole = kernel.SpanAttention.apply(q, k, v, kernel.Spans([(0, n)]), 0.2, window, sinks)
         with threads(2):
-            again = cpu.SpanAttention.apply(q, k, v, cpu.Spans([(0, n)]), 0.2, window, sinks)
+            again = kernel.SpanAttention.apply(q, k, v, kernel.Spans([(0, n)]), 0.2, window, sinks)
         assert torch.equal(whole, again)
         keys = torch.zeros(12, kv, dk, PAGE, dtype=dtype)
-        values = torch.zeros(12, kv, PAGE, round_up(dv, cpu.VALUE_PAD), dtype=dtype)
+        values = torch.zeros(12, kv, PAGE, round_up(dv, kernel.VALUE_PAD), dtype=dtype)
         mine, other = [7, 2, 11, 4], [1, 3, 5, 6]
         start = 0
         for count in (63, 1, 1, 30, 1, n - 96):
             rows = slice(start, start + count)
             # Two sequences of the same content beside each other, one from behind.
             both = [torch.cat([x[:, rows], x[:, rows]], 1) for x in (q, k, v)]
-            chunks = cpu.Chunks([(count, count, start, other), (0, count, start, mine)])
-            out = cpu.paged_attention(*both, keys, values, chunks, 0.2, window, sinks)
+            chunks = kernel.Chunks([(count, count, start, other), (0, count, start, mine)])
+            out = kernel.paged_attention(*both, keys, values, chunks, 0.2, window, sinks)
             assert torch.equal(out[:count], whole[rows])
             assert torch.equal(out[count:], whole[rows])
             start += count

@@ -1,0 +1,227 @@
+// The products of LoRA adapters on a CPU with bf16 instructions: for every adapter of a pass its own rows, all
+// of them in one call.
+//
+// Every element of a result is one chain of dot products of pairs, in the order of the summed dimension, kept in
+// fp32 and rounded once. So it depends neither on how many rows share a call nor on which.
+//
+// "Pairs" [K/2][N] hold a matrix [K][N] of bf16 with rows 2k and 2k+1 interleaved: a vector register is then
+// 16 columns of two rows, which is what the instruction multiplies with two neighbouring numbers of the other side.
+
+#include <cstdint>
+#include <cstdlib>
+#include <vector>
+#include <algorithm>
+#include <immintrin.h>
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+
+namespace {
+
+using u16 = uint16_t;
+using u32 = uint32_t;
+constexpr int W = 16;  // columns of a register
+
+inline __m512 dot(__m512 sum, __m512i pairs, __m512i spread) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)spread, (__m512bh)pairs);
+}
+inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+// y[ROWS][COLS * 16] = (add ? y : 0) + x[ROWS][k] * w, pairs of `stride` columns; the last vector has `mask`.
+template <int ROWS, int COLS>
+inline void block(const u16* x, int64_t ldx, const u32* w, int64_t stride, int64_t k, u16* y, int64_t ldy,
+                  bool add, __mmask16 mask) {
+  __m512 sum[ROWS][COLS];
+#pragma GCC unroll 32
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < COLS; c++) sum[r][c] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < k / 2; i++) {
+    __m512i pairs[COLS];
+#pragma GCC unroll 4
+    for (int c = 0; c < COLS; c++) pairs[c] = _mm512_loadu_si512(w + i * stride + c * W);
+#pragma GCC unroll 32
+    for (int r = 0; r < ROWS; r++) {
+      const __m512i two = _mm512_set1_epi32(*(const int32_t*)(x + r * ldx + 2 * i));
+#pragma GCC unroll 4
+      for (int c = 0; c < COLS; c++) sum[r][c] = dot(sum[r][c], pairs[c], two);
+    }
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < COLS; c++) {
+      u16* out = y + r * ldy + c * W;
+      const __mmask16 m = c == COLS - 1 ? mask : (__mmask16)0xffff;
+      __m512 total = sum[r][c];
+      if (add) total = _mm512_add_ps(total, widen(_mm256_maskz_loadu_epi16(m, out)));
+      _mm256_mask_storeu_epi16(out, m, (__m256i)_mm512_cvtneps_pbh(total));
+    }
+}
+
+template <int COLS, int ROWS>
+inline void columns(const u16* x, int64_t ldx, const u32* w, int64_t stride, int64_t k, u16* y, int64_t ldy,
+                    int64_t rows, bool add, __mmask16 mask) {
+  int64_t r = 0;
+  for (; r + ROWS <= rows; r += ROWS) block<ROWS, COLS>(x + r * ldx, ldx, w, stride, k, y + r * ldy, ldy, add, mask);
+  for (; r + 4 <= rows; r += 4) block<4, COLS>(x + r * ldx, ldx, w, stride, k, y + r * ldy, ldy, add, mask);
+  for (; r < rows; r++) block<1, COLS>(x + r * ldx, ldx, w, stride, k, y + r * ldy, ldy, add, mask);
+}
+
+// y[rows][n] = (add ? y : 0) + x[rows][k] * w
+void product(const u16* x, int64_t ldx, const u32* w, int64_t k, int64_t n, u16* y, int64_t ldy, int64_t rows,
+             bool add) {
+  const int64_t stride = (n + W - 1) / W * W;
+  const __mmask16 last = n % W ? (__mmask16)((1u << (n % W)) - 1) : (__mmask16)0xffff;
+  int64_t c = 0;
+  for (; c + 4 * W < stride + W; c += 4 * W)
+    columns<4, 6>(x, ldx, w + c, stride, k, y + c, ldy, rows, add, c + 4 * W == stride ? last : (__mmask16)0xffff);
+  if (c + 2 * W <= stride) {
+    columns<2, 12>(x, ldx, w + c, stride, k, y + c, ldy, rows, add, c + 2 * W == stride ? last : (__mmask16)0xffff);
+    c += 2 * W;
+  }
+  if (c < stride) columns<1, 24>(x, ldx, w + c, stride, k, y + c, ldy, rows, add, last);
+}
+
+// One adapter's rows: z = x * first, y += z * second.
+struct Chain {
+  const u16* x;
+  int64_t ldx, rows, k;
+  const u32* first;
+  int64_t rank;
+  u16* z;
+  const u32* second;
+  int64_t n;
+  u16* y;
+  int64_t ldy;
+};
+
+constexpr int64_t TILE = 48;  // rows that one thread takes at a time
+
+struct Gradient {
+  const u16 *x, *dz, *dy, *z;
+  int64_t ldx, ldy, rows, padded, rank;
+  float *a, *b;
+};
+
+constexpr int R = 8;  // ranks of a register block of gradients
+
+constexpr int64_t DEPTH = 512;  // rows whose 32 columns are taken together out of a matrix, into the nearest cache
+
+// target[c][r] (or [r][c] where transposed) += scale * sum over rows of x[row][c] * z[row][r], for 32 columns.
+void outer(const u16* x, int64_t ldx, const u32* z, int64_t rows, int64_t padded, int64_t rank, int64_t width,
+           float* target, int64_t ld, bool transposed, float scale) {
+  alignas(64) static const u16 low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  alignas(64) static const u16 high[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                           24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  const __m512i to_low = _mm512_load_si512(low), to_high = _mm512_load_si512(high);
+  const __mmask32 mask = width >= 32 ? 0xffffffffu : (1u << width) - 1;
+  alignas(64) u32 pairs[DEPTH / 2][2 * W];
+  for (int64_t start = 0; start < rows; start += DEPTH) {
+    const int64_t deep = std::min(DEPTH, rows - start) / 2;
+    for (int64_t i = 0; i < deep; i++) {
+      const __m512i even = _mm512_maskz_loadu_epi16(mask, x + (start + 2 * i) * ldx);
+      const __m512i odd = _mm512_maskz_loadu_epi16(mask, x + (start + 2 * i + 1) * ldx);
+      _mm512_store_si512(pairs[i], _mm512_permutex2var_epi16(even, to_low, odd));
+      _mm512_store_si512(pairs[i] + W, _mm512_permutex2var_epi16(even, to_high, odd));
+    }
+    for (int64_t first = 0; first < rank; first += R) {
+      __m512 sum[R][2];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+      const u32* two = z + start / 2 * padded + first;
+      for (int64_t i = 0; i < deep; i++, two += padded) {
+        const __m512i left = _mm512_load_si512(pairs[i]), right = _mm512_load_si512(pairs[i] + W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          const __m512i both = _mm512_set1_epi32((int)two[r]);
+          sum[r][0] = dot(sum[r][0], left, both);
+          sum[r][1] = dot(sum[r][1], right, both);
+        }
+      }
+      const __m512 factor = _mm512_set1_ps(scale);
+      alignas(64) float out[R][32];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        _mm512_store_ps(out[r], _mm512_mul_ps(sum[r][0], factor));
+        _mm512_store_ps(out[r] + W, _mm512_mul_ps(sum[r][1], factor));
+      }
+      const int64_t count = std::min<int64_t>(R, rank - first), wide = std::min<int64_t>(width, 32);
+      if (transposed) {
+        for (int64_t r = 0; r < count; r++)
+          for (int64_t c = 0; c < wide; c++) target[(first + r) * ld + c] += out[r][c];
+      } else {
+        for (int64_t c = 0; c < wide; c++)
+          for (int64_t r = 0; r < count; r++) target[c * ld + first + r] += out[r][c];
+      }
+    }
+  }
+}
+
+// rows 2i and 2i+1 of z [rows][width], interleaved
+void pair_rows(const u16* z, int64_t rows, int64_t width, u32* out) {
+  for (int64_t i = 0; i < rows / 2; i++)
+    for (int64_t c = 0; c < width; c++)
+      out[i * width + c] = (u32)z[2 * i * width + c] | (u32)z[(2 * i + 1) * width + c] << 16;
+}
+
+}  // namespace
+
+extern "C" {
+
+int lora_usable() { return 1; }
+
+// Each chain's rows, tile after tile. No two chains may write the same elements.
+void lora_chains(const Chain* chains, int count, int threads) {
+  std::vector<std::pair<int, int64_t>> tiles;
+  for (int i = 0; i < count; i++)
+    for (int64_t row = 0; row < chains[i].rows; row += TILE) tiles.emplace_back(i, row);
+  const int64_t total = (int64_t)tiles.size();
+#pragma omp parallel for schedule(static) num_threads(threads) if (total > 1)
+  for (int64_t t = 0; t < total; t++) {
+    const Chain& c = chains[tiles[t].first];
+    const int64_t row = tiles[t].second, rows = std::min(TILE, c.rows - row);
+    u16* z = c.z + row * c.rank;
+    product(c.x + row * c.ldx, c.ldx, c.first, c.k, c.rank, z, c.rank, rows, false);
+    product(z, c.rank, c.second, c.rank, c.n, c.y + row * c.ldy, c.ldy, rows, true);
+  }
+}
+
+// a[rank][in] += dz^T x and b[out][rank] += scale * dy^T z, block after block in their order.
+void lora_gradients(const Gradient* blocks, const float* scales, int count, int64_t in, int64_t out, int threads) {
+  std::vector<int64_t> at(count + 1, 0);
+  for (int i = 0; i < count; i++) at[i + 1] = at[i] + blocks[i].rows / 2 * blocks[i].padded;
+  u32* pairs = (u32*)std::aligned_alloc(64, (2 * at[count] * sizeof(u32) + 127) / 64 * 64);
+  u32 *of_dz = pairs, *of_z = pairs + at[count];
+  const int64_t left = (in + 31) / 32, right = (out + 31) / 32;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int i = 0; i < 2 * count; i++) {
+      const Gradient& g = blocks[i / 2];
+      pair_rows(i % 2 ? g.z : g.dz, g.rows, g.padded, (i % 2 ? of_z : of_dz) + at[i / 2]);
+    }
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t t = 0; t < left + right; t++)
+      for (int i = 0; i < count; i++) {
+        const Gradient& g = blocks[i];
+        if (t < left) {
+          const int64_t c = t * 32;
+          outer(g.x + c, g.ldx, of_dz + at[i], g.rows, g.padded, g.rank, in - c, g.a + c, in, true, 1.0f);
+        } else {
+          const int64_t c = (t - left) * 32;
+          outer(g.dy + c, g.ldy, of_z + at[i], g.rows, g.padded, g.rank, out - c, g.b + c * g.rank, g.rank, false,
+                scales[i]);
+        }
+      }
+  }
+  std::free(pairs);
+}
+
+}  // extern "C"
+
+#else
+
+extern "C" int lora_usable() { return 0; }
+
+#endif
