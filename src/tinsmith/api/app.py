@@ -49,6 +49,9 @@ _ROUTES = [
     route("training_runs", checkpoints.list_runs, method="GET"),
     route("training_runs/{run_id}", checkpoints.get_run, method="GET"),
     route("training_runs/{run_id}/checkpoints", checkpoints.list_of_run, method="GET"),
+    route("training_runs/{run_id}/checkpoints/{checkpoint_id:path}/publish", checkpoints.publish),
+    # In two parts, so that it is not taken for the deletion of a checkpoint that is called "publish".
+    route("training_runs/{run_id}/checkpoints/{kind}/{name}/publish", checkpoints.unpublish, method="DELETE"),
     route("training_runs/{run_id}/checkpoints/{checkpoint_id:path}/ttl", checkpoints.set_ttl, method="PUT"),
     route("training_runs/{run_id}/checkpoints/{checkpoint_id:path}", checkpoints.delete, method="DELETE"),
     route("checkpoints", checkpoints.list_all, method="GET"),

@@ -51,6 +51,18 @@ async def delete(call: Call) -> Response:
     return json_response({})
 
 
+async def publish(call: Call) -> Response:
+    await call.service.catalog.publish(call.caller, _path(call), True)
+    return json_response({})
+
+
+async def unpublish(call: Call) -> Response:
+    checkpoint_id = f"{call.path('kind')}/{call.path('name')}"
+    path = TinkerPath.from_checkpoint_id(call.path("run_id"), checkpoint_id)
+    await call.service.catalog.publish(call.caller, path, False)
+    return json_response({})
+
+
 async def set_ttl(call: Call) -> Response:
     ttl = (await call.fields()).optional_integer("ttl_seconds", least=HOUR, most=TEN_YEARS)
     await call.service.catalog.set_ttl(call.caller, _path(call), ttl)
@@ -100,7 +112,7 @@ def _checkpoint(row: Checkpoint) -> dict[str, object]:
         "time": _time(row.created_at),
         "tinker_path": str(row.path),
         "size_bytes": row.size_bytes,
-        "public": False,
+        "public": row.published_at is not None,
         "user_metadata": row.user_metadata,
         "expires_at": _time(row.expires_at) if row.expires_at is not None else None,
     }

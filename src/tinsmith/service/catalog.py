@@ -80,19 +80,31 @@ class Catalog:
             lambda connection: checkpoints.of_org(connection, caller.org_id, limit, offset, time.time())
         )
 
-    async def checkpoint(self, caller: Caller, path: TinkerPath) -> tuple[CheckpointRow, Source]:
+    async def checkpoint(
+        self, caller: Caller, path: TinkerPath, *, own: bool = False
+    ) -> tuple[CheckpointRow, Source]:
+        """A checkpoint that the caller may read, or with `own` look after."""
         try:
-            return await find_checkpoint(self._context, path, caller.org_id)
+            return await find_checkpoint(self._context, path, caller.org_id, own=own)
         except Refusal as refusal:
             raise NotFound(str(refusal)) from None
 
     async def delete_checkpoint(self, caller: Caller, path: TinkerPath) -> None:
-        row, _ = await self.checkpoint(caller, path)
+        row, _ = await self.checkpoint(caller, path, own=True)
         await self._context.write(lambda connection: checkpoints.delete(connection, row.id))
         await self._forget(row)
 
+    async def publish(self, caller: Caller, path: TinkerPath, public: bool) -> None:
+        """Let every organization read a checkpoint, or its own alone. Whoever has its path can load it
+        and sample from it; it is listed for its owner only. Doing it again changes nothing: the SDK
+        repeats a call whose answer was lost."""
+        row, _ = await self.checkpoint(caller, path, own=True)
+        if public != (row.published_at is not None):
+            when = time.time() if public else None
+            await self._context.write(lambda connection: checkpoints.set_published(connection, row.id, when))
+
     async def set_ttl(self, caller: Caller, path: TinkerPath, ttl_seconds: int | None) -> None:
-        row, _ = await self.checkpoint(caller, path)
+        row, _ = await self.checkpoint(caller, path, own=True)
         expires = time.time() + ttl_seconds if ttl_seconds is not None else None
         await self._context.write(lambda connection: checkpoints.set_expiry(connection, row.id, expires))
 

@@ -254,13 +254,18 @@ class Source:
         return lora_shape(self.lora)
 
 
-async def find_checkpoint(context: Context, path: TinkerPath, org_id: str) -> tuple[CheckpointRow, Source]:
-    """A checkpoint of `org_id` and what it was made of. Another organization's is not found."""
+async def find_checkpoint(
+    context: Context, path: TinkerPath, org_id: str, *, own: bool = False
+) -> tuple[CheckpointRow, Source]:
+    """A checkpoint that `org_id` may read, and what it was made of: its own, and unless `own` what
+    others have published. Any other one is not found."""
 
     def look(connection: Connection) -> tuple[CheckpointRow, Source] | None:
         row = checkpoints.find(connection, path, time.time())
-        run = runs.get(connection, row.run_id) if row is not None and row.org_id == org_id else None
-        if row is None or run is None:
+        if row is None or not (row.org_id == org_id or (row.published_at is not None and not own)):
+            return None
+        run = runs.get(connection, row.run_id)
+        if run is None:
             return None
         return row, Source(run.base_model, run.fingerprint, run.lora)
 

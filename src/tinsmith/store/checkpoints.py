@@ -25,6 +25,7 @@ class CheckpointRow:
     created_at: float
     expires_at: float | None
     user_metadata: dict[str, str] | None
+    published_at: float | None = None
 
     @property
     def path(self) -> TinkerPath:
@@ -53,6 +54,7 @@ def add(connection: sa.Connection, row: CheckpointRow) -> str | None:
             size_bytes=row.size_bytes,
             created_at=row.created_at,
             expires_at=row.expires_at,
+            published_at=row.published_at,
             user_metadata=json.dumps(row.user_metadata) if row.user_metadata is not None else None,
         )
     )
@@ -102,6 +104,12 @@ def delete(connection: sa.Connection, checkpoint_id: str) -> None:
 def set_expiry(connection: sa.Connection, checkpoint_id: str, expires_at: float | None) -> None:
     connection.execute(
         checkpoints.update().where(checkpoints.c.id == checkpoint_id).values(expires_at=expires_at)
+    )
+
+
+def set_published(connection: sa.Connection, checkpoint_id: str, published_at: float | None) -> None:
+    connection.execute(
+        checkpoints.update().where(checkpoints.c.id == checkpoint_id).values(published_at=published_at)
     )
 
 

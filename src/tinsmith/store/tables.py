@@ -139,6 +139,7 @@ checkpoints = Table(
     Column("size_bytes", BigInteger),
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float),
+    Column("published_at", Float),  # since when every organization may read it
     Column("user_metadata", Text),
     UniqueConstraint("run_id", "kind", "name"),
     Index(None, "org_id", "created_at"),
