@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from tinsmith.store import Store, checkpoints, commands, keys, runs, sessions
+from tinsmith.store import Store, checkpoints, commands, keys, projects, runs, sessions
 from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.commands import CommandRow
 from tinsmith.store.database import migrate
@@ -37,11 +37,12 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def run(store: Store) -> RunRow:
     def write(connection: sa.Connection) -> RunRow:
         key = keys.add(connection, name="k", org="o", prefix="tml-", hash_="h", admin=True, now=1.0)
-        session = SessionRow("s", key.org_id, key.id, 1.0, None, None, None, ["t"], {"a": 1}, "x", None, None)
+        project = projects.find(connection, key.org_id, None)
+        assert project is not None
+        whose = (key.org_id, project.id, key.user_id)
+        session = SessionRow("s", *whose, key.id, 1.0, None, None, None, ["t"], {"a": 1}, "x", None)
         sessions.add(connection, session)
-        row = RunRow(
-            "s:train:0", key.org_id, "s", 0, 1.0, 1.0, "live", "m", {"rank": 4}, None, "f", "fp32", {}
-        )
+        row = RunRow("s:train:0", *whose, "s", 0, 1.0, 1.0, "live", "m", {"rank": 4}, None, "f", "fp32", {})
         assert runs.add(connection, row)
         assert not runs.add(connection, replace(row, base_model="other"))
         return row
@@ -51,6 +52,7 @@ def run(store: Store) -> RunRow:
 
 def _command(run: RunRow, seq_id: int, **more: object) -> CommandRow:
     fields: dict[str, object] = {
+        "org_id": run.org_id,
         "run_id": run.id,
         "seq_id": seq_id,
         "request_id": f"{run.id}:{seq_id}",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tinsmith.store import Store, keys
 from tinsmith.store.keys import KeyRow
+from tinsmith.store.people import Role
 
 from .errors import Unauthorized
 
@@ -23,7 +24,13 @@ class Caller:
     key_id: str
     org_id: str
     org_name: str
-    admin: bool
+    user_id: str
+    user_name: str
+    user_email: str | None
+    role: Role
+    scopes: frozenset[str] | None  # None: whatever the role allows
+    project_id: str | None  # the one project that the key is good for; None: all of the user's
+    admin: bool  # an operator of this server
 
 
 def make_key() -> str:
@@ -77,13 +84,24 @@ class KeyRing:
         if not key:
             raise Unauthorized("an API key is missing: set TINKER_API_KEY to a key of this server")
         row = await self._find(hash_key(key))
-        if row is None:
+        if row is None or (row.expires_at is not None and row.expires_at <= time.time()):
             raise Unauthorized(
                 "this API key is not valid here: set TINKER_API_KEY to a key of this server"
                 " (its operator makes one with: tinsmith keys create NAME)"
             )
         self._used[row.id] = time.time()
-        return Caller(row.id, row.org_id, row.org_name, row.admin)
+        return Caller(
+            key_id=row.id,
+            org_id=row.org_id,
+            org_name=row.org_name,
+            user_id=row.user_id,
+            user_name=row.user_name,
+            user_email=row.user_email,
+            role=row.role,
+            scopes=row.scopes,
+            project_id=row.project_id,
+            admin=row.admin,
+        )
 
     async def _find(self, hash_: str) -> KeyRow | None:
         now = time.monotonic()

@@ -52,7 +52,7 @@ class Runs:
         """A new run, whose command 0 makes it; or the one that is there already."""
         if refusal is not None:
             row = replace(row, state="failed")
-        command = self._command(row.id, 0, kind, body, refusal)
+        command = self._command(row, 0, kind, body, refusal)
 
         def write(connection: Connection) -> bool:
             if not runs.add(connection, row):
@@ -81,7 +81,7 @@ class Runs:
     async def _log(
         self, run: Run, seq_id: int, kind: str, body: bytes, encoding: str, refusal: str | None
     ) -> str:
-        command = self._command(run.row.id, seq_id, kind, body, refusal, encoding)
+        command = self._command(run.row, seq_id, kind, body, refusal, encoding)
         if self._recorder.find(command.request_id) is not None:
             return command.request_id
         try:
@@ -106,7 +106,7 @@ class Runs:
 
     def _command(
         self,
-        run_id: str,
+        run: RunRow,
         seq_id: int,
         kind: str,
         body: bytes,
@@ -115,9 +115,10 @@ class Runs:
     ) -> CommandRow:
         now = time.time()
         return CommandRow(
-            run_id=run_id,
+            org_id=run.org_id,
+            run_id=run.id,
             seq_id=seq_id,
-            request_id=f"{run_id}:{seq_id}",
+            request_id=f"{run.id}:{seq_id}",
             kind=kind,
             body=body if len(body) <= INLINE else None,
             body_key=f"bodies/{uuid.uuid4().hex}" if len(body) > INLINE else None,

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from tinsmith.store import sessions
+from tinsmith.store import projects, sessions
 from tinsmith.store.sessions import SessionRow
 from tinsmith.wire.requests import CreateSession, FinishSession
 
@@ -29,9 +29,16 @@ class Sessions:
         self.on_silence: list[Callable[[str], Awaitable[None]]] = []
 
     async def create(self, caller: Caller, request: CreateSession) -> str:
+        project = await self._context.store.read(
+            lambda connection: projects.find(connection, caller.org_id, request.project_id)
+        )
+        if project is None:
+            raise NotFound(f"project_id: there is no project {(request.project_id or '')[:80]!r}")
         row = SessionRow(
             id=str(uuid.uuid4()),
             org_id=caller.org_id,
+            project_id=project.id,
+            user_id=caller.user_id,
             key_id=caller.key_id,
             created_at=time.time(),
             finished_at=None,
@@ -40,7 +47,6 @@ class Sessions:
             tags=sorted(request.tags),
             user_metadata=request.user_metadata,
             sdk_version=request.sdk_version,
-            project_id=request.project_id,
             display_name=request.display_name,
         )
         await self._context.write(lambda connection: sessions.add(connection, row))

@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from tinsmith.engine.commands import LoraSpec, ModelInfo
 from tinsmith.store.runs import RunRow
+from tinsmith.store.sessions import SessionRow
 from tinsmith.wire.errors import WireError
 from tinsmith.wire.fields import Fields
 from tinsmith.wire.paths import TinkerPath
@@ -45,7 +46,7 @@ class Training:
 
     async def create_model(self, caller: Caller, fields: Fields) -> Receipt:
         request = CreateModel.read(fields)
-        await self._sessions.open(caller, request.session_id)
+        session = await self._sessions.open(caller, request.session_id)
         model = self._context.model(request.base_model)
         refusal: str | None = None
         lora = LoraSpec(rank=0, seed=0, alpha=_ALPHA)
@@ -61,15 +62,13 @@ class Training:
             )
         except WireError as error:
             refusal = str(error)
-        row = self._run_row(
-            caller, request.session_id, request.model_seq_id, model, asdict(lora), request.user_metadata
-        )
+        row = self._run_row(session, request.model_seq_id, model, asdict(lora), request.user_metadata)
         return await self._runs.create(row, "create_model", encode({"lora": asdict(lora)}), refusal)
 
     async def create_by_load(self, caller: Caller, fields: Fields) -> Receipt:
         """A new run from a checkpoint, whose shape it takes over."""
         request = CreateByLoad.read(fields)
-        await self._sessions.open(caller, request.session_id)
+        session = await self._sessions.open(caller, request.session_id)
         refusal: str | None = None
         values: dict[str, object] = {}
         lora: dict[str, object] = asdict(LoraSpec(rank=0, seed=0, alpha=_ALPHA))
@@ -84,15 +83,12 @@ class Training:
         except (WireError, Refusal) as error:
             refusal = str(error)
             model = model or next(iter(self._context.engine.info.models.values()))
-        row = self._run_row(
-            caller, request.session_id, request.model_seq_id, model, lora, request.user_metadata
-        )
+        row = self._run_row(session, request.model_seq_id, model, lora, request.user_metadata)
         return await self._runs.create(row, "create_by_load", encode({**values, "lora": lora}), refusal)
 
     def _run_row(
         self,
-        caller: Caller,
-        session_id: str,
+        session: SessionRow,
         model_seq_id: int,
         model: ModelInfo,
         lora: dict[str, object],
@@ -100,9 +96,11 @@ class Training:
     ) -> RunRow:
         now = time.time()
         return RunRow(
-            id=f"{session_id}:train:{model_seq_id}",  # the client builds it in the same way
-            org_id=caller.org_id,
-            session_id=session_id,
+            id=f"{session.id}:train:{model_seq_id}",  # the client builds it in the same way
+            org_id=session.org_id,
+            project_id=session.project_id,
+            user_id=session.user_id,
+            session_id=session.id,
             model_seq_id=model_seq_id,
             created_at=now,
             last_request_at=now,

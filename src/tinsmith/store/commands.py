@@ -17,6 +17,7 @@ ResultType = Literal["json", "protobuf"]
 
 @dataclass(frozen=True, slots=True)
 class CommandRow:
+    org_id: str
     run_id: str
     seq_id: int
     request_id: str

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,8 +44,8 @@ class Store:
     def open(cls, url: str) -> Store:
         """Open the database at `url`, bring its tables up to date, and start writing."""
         store = cls(url)
-        with store._engine.begin() as connection:
-            migrate(connection)
+        with store._engine.connect() as it, _without_foreign_keys(it), it.begin():
+            migrate(it)
         store._writer.start()
         return store
 
@@ -153,6 +153,25 @@ def _set_up_sqlite(connection: Any, _record: object) -> None:
 def _begin_sqlite(connection: sa.Connection) -> None:
     writes = threading.current_thread().name == "store-write"
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextlib.contextmanager
+def _without_foreign_keys(connection: sa.Connection) -> Iterator[None]:
+    """SQLite changes a table by building it anew, which no reference to the old one may hinder. What
+    refers to nothing afterwards is found all the same."""
+    if connection.dialect.name != "sqlite":
+        yield
+        return
+    cursor = connection.connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=OFF")
+    try:
+        yield
+        broken = cursor.execute("PRAGMA foreign_key_check").fetchall()
+        if broken:
+            raise RuntimeError(f"the database refers to rows that are not there: {broken[:3]}")
+    finally:
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.close()
 
 
 def migrate(connection: sa.Connection) -> None:

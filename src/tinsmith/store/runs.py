@@ -17,6 +17,8 @@ RunState = Literal["fresh", "live", "failed"]
 class RunRow:
     id: str
     org_id: str
+    project_id: str
+    user_id: str
     session_id: str
     model_seq_id: int
     created_at: float
@@ -41,6 +43,8 @@ def add(connection: sa.Connection, row: RunRow) -> bool:
         runs.insert().values(
             id=row.id,
             org_id=row.org_id,
+            project_id=row.project_id,
+            user_id=row.user_id,
             session_id=row.session_id,
             model_seq_id=row.model_seq_id,
             created_at=row.created_at,

@@ -14,6 +14,8 @@ from .tables import runs, sampling_sessions, sessions
 class SessionRow:
     id: str
     org_id: str
+    project_id: str
+    user_id: str
     key_id: str
     created_at: float
     finished_at: float | None
@@ -22,7 +24,6 @@ class SessionRow:
     tags: list[str]
     user_metadata: dict[str, object] | None
     sdk_version: str
-    project_id: str | None
     display_name: str | None
 
 
@@ -31,12 +32,13 @@ def add(connection: sa.Connection, row: SessionRow) -> None:
         sessions.insert().values(
             id=row.id,
             org_id=row.org_id,
+            project_id=row.project_id,
+            user_id=row.user_id,
             key_id=row.key_id,
             created_at=row.created_at,
             tags=json.dumps(row.tags),
             user_metadata=json.dumps(row.user_metadata) if row.user_metadata is not None else None,
             sdk_version=row.sdk_version,
-            project_id=row.project_id,
             display_name=row.display_name,
         )
     )

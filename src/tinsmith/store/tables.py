@@ -40,19 +40,75 @@ organizations = Table(
     Column("id", String(64), primary_key=True),
     Column("name", String(256), nullable=False, unique=True),
     Column("created_at", Float, nullable=False),
+    Column("disabled_at", Float),
+)
+
+# A user is one person or program; memberships say which organizations it belongs to, and as what.
+users = Table(
+    "users",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(256), nullable=False),
+    Column("email", String(320), unique=True),
+    Column("created_at", Float, nullable=False),
+    Column("disabled_at", Float),
+)
+
+memberships = Table(
+    "memberships",
+    metadata,
+    Column("org_id", ForeignKey("organizations.id"), primary_key=True),
+    Column("user_id", ForeignKey("users.id"), primary_key=True),
+    Column("role", String(32), nullable=False),  # admin, billing-admin, member
+    Column("created_at", Float, nullable=False),
+    Index(None, "user_id"),
+)
+
+projects = Table(
+    "projects",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("name", String(256), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("archived_at", Float),
+    # Where a session goes that names no project. Every organization has exactly one.
+    Column("is_default", Boolean, nullable=False),
+    # What every member of the organization may do here: a role, or none.
+    Column("org_role", String(32)),
+    UniqueConstraint("org_id", "name"),
+)
+
+project_grants = Table(
+    "project_grants",
+    metadata,
+    Column("project_id", ForeignKey("projects.id"), primary_key=True),
+    Column("user_id", ForeignKey("users.id"), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("role", String(32), nullable=False),  # admin, editor, viewer
+    Column("created_at", Float, nullable=False),
+    Index(None, "user_id"),
 )
 
 api_keys = Table(
     "api_keys",
     metadata,
     Column("id", String(64), primary_key=True),
+    # The SDK knows a key by a whole number.
+    Column("number", BigInteger, nullable=False, unique=True),
     Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("user_id", ForeignKey("users.id"), nullable=False),
     Column("name", String(256), nullable=False),
+    # What it may be used for, as a JSON list; none: whatever its user may do.
+    Column("scopes", Text),
+    # The one project that it is good for; none: all of its user's.
+    Column("project_id", ForeignKey("projects.id")),
     Column("prefix", String(32), nullable=False),
     Column("hash", String(64), nullable=False, unique=True),
     Column("admin", Boolean, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("last_used_at", Float),
+    Column("expires_at", Float),
     Column("revoked_at", Float),
 )
 
@@ -61,6 +117,8 @@ sessions = Table(
     metadata,
     Column("id", String(64), primary_key=True),
     Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("project_id", ForeignKey("projects.id"), nullable=False),
+    Column("user_id", ForeignKey("users.id"), nullable=False),
     Column("key_id", ForeignKey("api_keys.id"), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("finished_at", Float),
@@ -69,9 +127,9 @@ sessions = Table(
     Column("tags", Text, nullable=False),
     Column("user_metadata", Text),
     Column("sdk_version", String(1024), nullable=False),
-    Column("project_id", String(1024)),
     Column("display_name", String(1024)),
     Index(None, "org_id", "created_at"),
+    Index(None, "project_id"),
 )
 
 runs = Table(
@@ -79,6 +137,8 @@ runs = Table(
     metadata,
     Column("id", String(128), primary_key=True),
     Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("project_id", ForeignKey("projects.id"), nullable=False),
+    Column("user_id", ForeignKey("users.id"), nullable=False),
     Column("session_id", ForeignKey("sessions.id"), nullable=False),
     Column("model_seq_id", BigInteger, nullable=False),
     Column("created_at", Float, nullable=False),
@@ -97,12 +157,14 @@ runs = Table(
     Column("snapshot_seq", BigInteger),
     UniqueConstraint("session_id", "model_seq_id"),
     Index(None, "org_id", "created_at"),
+    Index(None, "project_id"),
 )
 
 commands = Table(
     "commands",
     metadata,
     Column("pk", RowId, primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
     Column("run_id", ForeignKey("runs.id"), nullable=False),
     Column("seq_id", BigInteger, nullable=False),
     Column("request_id", String(256), nullable=False, unique=True),
