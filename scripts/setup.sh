@@ -56,5 +56,8 @@ echo "Installing Tinsmith and what it needs beside torch $torch"
 # The torch that is there stays, be it another 2.13 than the tests' or another build of it.
 sed "s/^torch==.*/torch==$torch/" constraints.txt > "$venv/constraints.txt"
 pip install -c "$venv/constraints.txt" -e ".[dev]"
+# The cookbook's converters judge the adapter format in tests. What else it needs (and partly cannot be had:
+# tml-renderers) they do not.
+pip install --no-deps tinker-cookbook==0.6.1 || echo "without tinker-cookbook: tests with its converters are skipped"
 "$venv/bin/tinsmith" --version
 "$venv/bin/python" -c 'import tinker; print("tinker", tinker.__version__)'

@@ -18,7 +18,8 @@ MLA = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
 }
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Twice the experts' width must not be the hidden size: converters tell the two apart by their sizes.
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_value_heads": 4,

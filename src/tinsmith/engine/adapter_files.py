@@ -1,6 +1,8 @@
 """Adapter folders: what a checkpoint is on disk.
 
-adapter_model.safetensors  A and B of every slot, fp32, under Tinker's names
+adapter_model.safetensors  A and B of every slot, fp32, under Tinker's names and in its shapes:
+                           A [r, in], B [out, r]; those of experts [experts, r, in] and
+                           [experts, out, r], where a factor that all of them share has experts = 1
 adapter_config.json        the LoRA settings, the base model, and a digest of the weights
 optimizer.safetensors      AdamW's moments (training checkpoints; its metadata has the step count)
 gradients.safetensors      accumulated gradients (runs that were put away whole)
@@ -111,7 +113,13 @@ def read(path: str, layout: Layout, device: torch.device, *, optimizer: bool, gr
         state = State(torch.empty(layout.size, dtype=torch.float32))
         with safe_open(folder / WEIGHTS, framework="pt") as f:
             for name, view in _named(layout, state.params).items():
-                view.copy_(f.get_tensor(name))
+                tensor = f.get_tensor(name)
+                if tensor.numel() != view.numel() or tensor.shape[-2:] != view.shape[-2:]:
+                    raise FolderError(
+                        f"the checkpoint cannot be read: {name} has the shape {list(tensor.shape)}, and"
+                        f" {list(view.shape)} was expected"
+                    )
+                view.copy_(tensor.view(view.shape))
         if optimizer and (folder / OPTIMIZER).exists():
             with safe_open(folder / OPTIMIZER, framework="pt") as f:
                 state.first, state.second = f.get_tensor("first"), f.get_tensor("second")
@@ -134,10 +142,13 @@ def _fields(state: State) -> list[Any]:
 
 
 def _named(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
+    """Views of `flat` under the names and in the shapes that the file has."""
     named: dict[str, Tensor] = {}
-    for name, (a, b) in layout.views(flat).items():
-        named[f"{PREFIX}{name}.lora_A.weight"] = a
-        named[f"{PREFIX}{name}.lora_B.weight"] = b
+    views = layout.views(flat)
+    for slot in layout.slots:
+        for part, factor in zip("AB", views[slot.name], strict=True):
+            shared = slot.experts and factor.dim() == 2
+            named[f"{PREFIX}{slot.name}.lora_{part}.weight"] = factor.unsqueeze(0) if shared else factor
     return named
 
 
