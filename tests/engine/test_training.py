@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -98,48 +97,6 @@ class TestAgainstPeft:
         mine = torch.cat([x.flatten() for p in run.layout.views(run.live.gradient).values() for x in p])
         other = torch.cat([x.flatten() for p in reference.gradients().values() for x in p])
         assert relative(mine, other) < 2e-2
-
-
-class TestLosses:
-    """Each loss's value and gradient against the formula, by autograd over PEFT's logprobs."""
-
-    FORMULAS: ClassVar[dict] = {
-        "importance_sampling": ({}, lambda lp, q, a: -((lp - q).exp() * a).sum()),
-        "ppo": (
-            {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1},
-            lambda lp, q, a: -torch.minimum((lp - q).exp() * a, (lp - q).exp().clamp(0.9, 1.1) * a).sum(),
-        ),
-        "cispo": (
-            {"clip_low_threshold": 0.5, "clip_high_threshold": 1.5},
-            lambda lp, q, a: -((lp - q).exp().clamp(0.5, 1.5).detach() * lp * a).sum(),
-        ),
-        "dro": ({"beta": 0.1}, lambda lp, q, a: -(lp * a - 0.05 * (lp - q) ** 2).sum()),
-    }
-
-    @pytest.mark.parametrize("name", FORMULAS)
-    def test_value_and_gradient(self, folder: Folder, name: str) -> None:
-        config, formula = self.FORMULAS[name]
-        run = make_run(load(folder("qwen3")))
-        ids = sequences(3, (20, 50))
-        reference = Reference(folder("qwen3"), run)
-        rng = np.random.default_rng(5)
-        q = [
-            (reference.logprobs(s).detach().numpy() + rng.normal(scale=0.3, size=len(s) - 1)).astype(
-                np.float32
-            )
-            for s in ids
-        ]
-        a = [rng.normal(size=len(s) - 1).astype(np.float32) for s in ids]
-        inputs = [{"logprobs": x, "advantages": y} for x, y in zip(q, a, strict=True)]
-        out = train(run, request(ids, name, inputs=inputs, config=config))
-        total = reference.run_loss(
-            ids, lambda i, lp: formula(lp, torch.from_numpy(q[i]), torch.from_numpy(a[i]))
-        )
-        assert metrics(out)["loss:sum"] == pytest.approx(total, rel=1e-4)
-        assert run.live.gradient is not None
-        for slot, theirs in reference.gradients().items():
-            for mine, other in zip(run.layout.views(run.live.gradient)[slot], theirs, strict=True):
-                assert relative(mine, other) < 2e-5, slot
 
 
 class TestExactness:

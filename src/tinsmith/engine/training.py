@@ -8,7 +8,7 @@ gradient are computed on its own rows, so that the company changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,7 @@ class TrainingJob:
         self.next = 0
         self.outputs: list[Array] = []
         self.loss_sums: list[float] = []
+        self.metrics: list[Mapping[str, float]] = []  # of each datum, where the loss has any
         self.gradients = None if self.forward_only else Gradients(self.layout, self.model.device)
 
     @property
@@ -93,7 +94,15 @@ class TrainingJob:
                 f"the {self.loss.name} loss or its gradient is not finite ({total}); check 'logprobs', "
                 "'advantages' and 'weights' for values that overflow. Nothing was accumulated"
             )
-        return encode_output([{"logprobs": o} for o in self.outputs], {"loss:sum": total})
+        return encode_output([{"logprobs": o} for o in self.outputs], {"loss:sum": total, **self._reduced()})
+
+    def _reduced(self) -> dict[str, float]:
+        """The datums' own metrics as one, by the reduction that each key names."""
+        reduced: dict[str, float] = {}
+        for key in self.metrics[0] if self.metrics else ():
+            total = math.fsum(m[key] for m in self.metrics)
+            reduced[key] = total / len(self.metrics) if key.endswith(":mean") else total
+        return reduced
 
 
 def _check(loss: Loss, datum: Datum, index: int, model: BaseModel) -> _Sequence:
@@ -190,58 +199,144 @@ def _first_with(work: Sequence[tuple[TrainingJob, _Cut]], weights: AdapterWeight
 
 def _loss(job: TrainingJob, cut: _Cut, hidden: Tensor, gradient: Tensor | None, start: int) -> None:
     """Loss and logprobs of one block, and d loss / d hidden into `gradient`: the logits of UNEMBED_ROWS rows
-    at a time, counted from the block's own start."""
-    model = job.model
+    at a time, counted from the block's own start.
+
+    A loss of whole datums needs all their logprobs before any gradient. Where a block is longer than
+    UNEMBED_ROWS the logits are then made twice, rather than kept.
+    """
     sequences = job.sequences[cut.first : cut.last]
-    width = max(s.targets.shape[1] if s.targets.dim() == 2 else 1 for s in sequences)
+    width = max(map(_width, sequences))
     targets = _stack([s.targets for s in sequences], width, cut.rows)
+    parts = [slice(at, min(at + UNEMBED_ROWS, cut.rows)) for at in range(0, cut.rows, UNEMBED_ROWS)]
+    logprobs = torch.empty(cut.rows, width)
+
+    def unembed(part: slice, *, backward: bool) -> _Unembedded:
+        rows = hidden[start + part.start : start + part.stop]
+        return _Unembedded.of(job, rows, targets[part].to(hidden.device), backward=backward)
+
+    def take_back(logits: _Unembedded, part: slice, dlp: Tensor) -> None:
+        assert gradient is not None
+        gradient[start + part.start : start + part.stop] = logits.backward(dlp)
+
+    if job.loss.whole is None:
+        values, differentiate = _token_losses(job, sequences, width, cut.rows)
+        for part in parts:
+            logits = unembed(part, backward=gradient is not None)
+            logprobs[part] = logits.logprobs
+            dlp = differentiate(part, logits.logprobs, gradient is not None)
+            if dlp is not None:
+                take_back(logits, part, dlp)
+        for s, rows in _rows_of(sequences):
+            job.loss_sums.append(float(values[rows, : _width(s)].double().sum()))
+    else:
+        once = len(parts) == 1
+        for part in parts:
+            logits = unembed(part, backward=once and gradient is not None)
+            logprobs[part] = logits.logprobs
+        dlp = _datum_losses(job, sequences, logprobs, backward=gradient is not None)
+        for part in parts if gradient is not None else ():
+            if once or bool(dlp[part].any()):
+                take_back(logits if once else unembed(part, backward=True), part, dlp[part])
+    for s, rows in _rows_of(sequences):
+        job.outputs.append(logprobs[rows, : _width(s)].reshape(s.targets.shape).numpy().copy())
+
+
+@dataclass(slots=True)
+class _Unembedded:
+    """The logits of some rows and what is needed to differentiate through them. `table` [n, vocab] holds
+    fp32 log-probabilities, `logprobs` [n, K] those of the targets, on the CPU."""
+
+    rows: Tensor
+    logits: Tensor
+    table: Tensor
+    targets: Tensor
+    logprobs: Tensor
+    this: Pass
+
+    @classmethod
+    def of(cls, job: TrainingJob, rows: Tensor, targets: Tensor, *, backward: bool) -> _Unembedded:
+        segment = Segment(0, len(rows), job.weights)
+        if job.gradients is not None:
+            segment.blocks.append(Block(0, len(rows), job.gradients))
+        this = Pass([segment])
+        with torch.set_grad_enabled(backward):
+            if backward:
+                rows = rows.detach().requires_grad_(True)
+            logits = job.model.logits(rows, this)
+        with torch.no_grad():
+            table = job.model.log_softmax(logits)
+            return cls(rows, logits, table, targets, table.gather(1, targets).cpu(), this)
+
+    def backward(self, dlp: Tensor) -> Tensor:
+        """d loss / d rows, given d loss / d logprobs [n, K]. `table` is used up."""
+        dlp = dlp.to(self.table.device)
+        with torch.no_grad():
+            # d logprob_j / d logits = onehot(j) - softmax
+            dlogits = self.table.exp_().mul_(-dlp.sum(1, keepdim=True)).scatter_add_(1, self.targets, dlp)
+        with running(self.this):
+            self.logits.backward(dlogits.to(self.logits.dtype))
+        assert self.rows.grad is not None
+        return self.rows.grad
+
+
+def _token_losses(
+    job: TrainingJob, sequences: Sequence[_Sequence], width: int, rows: int
+) -> tuple[Tensor, Callable[[slice, Tensor, bool], Tensor | None]]:
+    """A token-local loss over one block: its values [rows, width], and the function that fills in those of
+    some rows from their logprobs and gives d loss / d logprobs where it is asked to."""
     inputs = {
         name: _stack(
-            [s.inputs[name] if name in s.inputs else _absent(job, name, s) for s in sequences],
-            width,
-            cut.rows,
+            [s.inputs[name] if name in s.inputs else _absent(job, name, s) for s in sequences], width, rows
         )
         for name in {name for s in sequences for name in s.inputs}
     }
-    real = _stack([torch.ones_like(s.targets, dtype=torch.bool) for s in sequences], width, cut.rows)
-    logprobs = torch.empty(cut.rows, width)
-    values = torch.empty(cut.rows, width)
-    for first in range(0, cut.rows, UNEMBED_ROWS):
-        last = min(first + UNEMBED_ROWS, cut.rows)
-        n, part = last - first, slice(first, last)
-        segment = Segment(0, n, job.weights)
-        if job.gradients is not None:
-            segment.blocks.append(Block(0, n, job.gradients))
-        rows = hidden[start + first : start + last]
-        this = Pass([segment])
-        with torch.set_grad_enabled(gradient is not None):
-            if gradient is not None:
-                rows = rows.detach().requires_grad_(True)
-            logits = model.logits(rows, this)
-            chosen = targets[part].to(model.device)
-            with torch.no_grad():
-                table = model.log_softmax(logits)
-                lp = table.gather(1, chosen).cpu()
-            logprobs[part] = lp
-            leaf = lp.detach().requires_grad_(gradient is not None)
-            value = job.loss.value(leaf, {k: v[part] for k, v in inputs.items()}, job.config)
-            values[part] = torch.where(real[part], value.detach(), 0.0)
-            if gradient is None:
-                continue
-            (dlp,) = torch.autograd.grad(value.sum(), leaf)
-            dlp = torch.where(real[part], dlp, 0.0).to(model.device)
-            # d logprob_j / d logits = onehot(j) - softmax
-            dlogits = table.exp_().mul_(-dlp.sum(1, keepdim=True)).scatter_add_(1, chosen, dlp)
-            with running(this):
-                logits.backward(dlogits.to(logits.dtype))
-            assert rows.grad is not None
-            gradient[start + first : start + last] = rows.grad
+    real = _stack([torch.ones_like(s.targets, dtype=torch.bool) for s in sequences], width, rows)
+    values = torch.empty(rows, width)
+    value_of = job.loss.value
+    assert value_of is not None
+
+    def differentiate(part: slice, logprobs: Tensor, backward: bool) -> Tensor | None:
+        with torch.set_grad_enabled(backward):
+            leaf = logprobs.detach().requires_grad_(backward)
+            value = value_of(leaf, {k: v[part] for k, v in inputs.items()}, job.config)
+        values[part] = torch.where(real[part], value.detach(), 0.0)
+        if not backward:
+            return None
+        (dlp,) = torch.autograd.grad(value.sum(), leaf)
+        return torch.where(real[part], dlp, 0.0)
+
+    return values, differentiate
+
+
+def _datum_losses(
+    job: TrainingJob, sequences: Sequence[_Sequence], logprobs: Tensor, *, backward: bool
+) -> Tensor:
+    """A loss of whole datums over one block: values and metrics into the job; d loss / d logprobs, in the
+    shape of `logprobs` [rows, width], zeros where there is nothing."""
+    assert job.loss.whole is not None
+    dlp = torch.zeros_like(logprobs)
+    for s, rows in _rows_of(sequences):
+        with torch.set_grad_enabled(backward):
+            leaf = logprobs[rows, : _width(s)].reshape(s.targets.shape).clone().requires_grad_(backward)
+            value, metrics = job.loss.whole(leaf, s.inputs, job.config)
+        job.loss_sums.append(float(value.detach().double().sum()))
+        job.metrics.append(metrics)
+        if backward:
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+            dlp[rows, : _width(s)] = gradient.reshape(-1, _width(s))
+    return dlp
+
+
+def _width(sequence: _Sequence) -> int:
+    return sequence.targets.shape[1] if sequence.targets.dim() == 2 else 1
+
+
+def _rows_of(sequences: Sequence[_Sequence]) -> Iterator[tuple[_Sequence, slice]]:
+    """Each sequence of a block with its rows there."""
     at = 0
-    for s in sequences:
-        n, k = s.targets.shape[0], s.targets.shape[1] if s.targets.dim() == 2 else 1
-        job.outputs.append(logprobs[at : at + n, :k].reshape(s.targets.shape).numpy().copy())
-        job.loss_sums.append(float(values[at : at + n, :k].double().sum()))
-        at += n
+    for sequence in sequences:
+        yield sequence, slice(at, at + len(sequence.targets))
+        at += len(sequence.targets)
 
 
 def _absent(job: TrainingJob, name: str, sequence: _Sequence) -> Tensor:

@@ -18,20 +18,26 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A token-local loss.
+    """A loss, token-local (`value`) or of a whole datum (`whole`): one of the two.
 
     `value(logprobs, inputs, config)` gives the loss of every target: fp32, in the shape of `logprobs`,
-    (n,) or (n, K); it is differentiated by autograd. `inputs` are fp32 in the same shape.
+    (n,) or (n, K); it is differentiated by autograd. `inputs` are fp32 in the same shape. It may be called
+    with any part of a datum's rows, and with those of several datums.
+    `whole` is called once per datum, with all its rows, and also gives the datum's metrics, named
+    `name:sum` or `name:mean`, the same ones for every datum. Its values may have any shape; they are summed.
     `required` and `optional` name the float inputs beside target_tokens; `config` the settings with their
     defaults (None: absent). `many_targets`: whether (N, K) targets are allowed.
+    `check_inputs(inputs, where)` raises ContentError for what only this loss can know to be wrong.
     """
 
     name: str
-    value: Callable[[Tensor, Inputs, Mapping[str, float]], Tensor]
+    value: Callable[[Tensor, Inputs, Mapping[str, float]], Tensor] | None = None
+    whole: Callable[[Tensor, Inputs, Mapping[str, float]], tuple[Tensor, Mapping[str, float]]] | None = None
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     config: Mapping[str, float] = field(default_factory=dict)
     many_targets: bool = False
+    check_inputs: Callable[[Mapping[str, Array], str], None] | None = None
 
     def settings(self, given: Mapping[str, float | str]) -> dict[str, float]:
         """Defaults overridden by `given`, numbers or numbers as text. Raises ContentError."""
@@ -97,4 +103,6 @@ class Loss:
                 f"{where}.loss_fn_inputs[{next(iter(inputs))!r}] is not known to {self.name}; "
                 f"it takes: {known}"
             )
+        if self.check_inputs is not None:
+            self.check_inputs(checked, where)
         return targets, checked
