@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.commands import Reply
+from tinsmith.engine.kernels import elementwise
+from tinsmith.engine.kernels.elementwise import LogSoftmax
 from tinsmith.engine.losses import LOSSES, Loss
 from tinsmith.engine.model.attention import TILE, pad_rows, round_up
 from tinsmith.engine.model.base import BaseModel
@@ -243,12 +245,12 @@ def _loss(job: TrainingJob, cut: _Cut, hidden: Tensor, gradient: Tensor | None, 
 
 @dataclass(slots=True)
 class _Unembedded:
-    """The logits of some rows and what is needed to differentiate through them. `table` [n, vocab] holds
-    fp32 log-probabilities, `logprobs` [n, K] those of the targets, on the CPU."""
+    """The logits of some rows and what is needed to differentiate through them. `table` stands for the
+    fp32 log-probabilities [n, vocab]; `logprobs` [n, K] are those of the targets, on the CPU."""
 
     rows: Tensor
     logits: Tensor
-    table: Tensor
+    table: LogSoftmax | _Table
     targets: Tensor
     logprobs: Tensor
     this: Pass
@@ -264,19 +266,39 @@ class _Unembedded:
                 rows = rows.detach().requires_grad_(True)
             logits = job.model.logits(rows, this)
         with torch.no_grad():
-            table = job.model.log_softmax(logits)
-            return cls(rows, logits, table, targets, table.gather(1, targets).cpu(), this)
+            table = log_softmax(logits)
+            return cls(rows, logits, table, targets, table.gather(targets).cpu(), this)
 
     def backward(self, dlp: Tensor) -> Tensor:
         """d loss / d rows, given d loss / d logprobs [n, K]. `table` is used up."""
-        dlp = dlp.to(self.table.device)
         with torch.no_grad():
-            # d logprob_j / d logits = onehot(j) - softmax
-            dlogits = self.table.exp_().mul_(-dlp.sum(1, keepdim=True)).scatter_add_(1, self.targets, dlp)
+            dlogits = self.table.gradient(self.targets, dlp.to(self.targets.device))
         with running(self.this):
-            self.logits.backward(dlogits.to(self.logits.dtype))
+            self.logits.backward(dlogits)
         assert self.rows.grad is not None
         return self.rows.grad
+
+
+class _Table:
+    """elementwise.LogSoftmax by torch's operations."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.dtype = logits.dtype
+        self.table = BaseModel.log_softmax(logits)
+
+    def gather(self, ids: Tensor) -> Tensor:
+        return self.table.gather(1, ids)
+
+    def gradient(self, ids: Tensor, grads: Tensor) -> Tensor:
+        # d logprob_j / d logits = onehot(j) - softmax
+        out = self.table.exp_().mul_(-grads.sum(1, keepdim=True)).scatter_add_(1, ids, grads)
+        return out.to(self.dtype)
+
+
+def log_softmax(logits: Tensor) -> LogSoftmax | _Table:
+    """Of logits [n, vocab], which `gradient` may overwrite: those of chosen tokens, and its gradient."""
+    usable = elementwise.usable(logits.device, logits.dtype)
+    return elementwise.LogSoftmax(logits) if usable else _Table(logits)
 
 
 def _token_losses(

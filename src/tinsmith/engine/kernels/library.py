@@ -1,5 +1,5 @@
-"""The CPU kernels (attention.cpp, lora.cpp): built once on this machine with its own C++ compiler, kept in
-the user's cache folder, and spoken to through ctypes.
+"""The CPU kernels (attention.cpp, elementwise.cpp, lora.cpp): built once on this machine with its own C++
+compiler, kept in the user's cache folder, and spoken to through ctypes.
 
 Where there is no compiler, or no vector unit that it is written for, `library()` is None and the torch path
 does the same work more slowly. TINSMITH_KERNELS=off asks for that.
@@ -22,7 +22,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("attention.cpp", "lora.cpp")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("attention.cpp", "elementwise.cpp", "lora.cpp")]
+_HEADERS = [Path(__file__).with_name("vector.h")]
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
 
 
@@ -33,7 +34,7 @@ def library() -> ctypes.CDLL | None:
         return None
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     if compiler is None:
-        log.info("no C++ compiler here: attention and adapters take torch's path, which is slower")
+        log.info("no C++ compiler here: torch's path is taken, which is slower")
         return None
     try:
         return ctypes.CDLL(str(_build(compiler)))
@@ -54,7 +55,13 @@ def _build(compiler: str) -> Path:
     ).stdout
     # One OpenMP runtime in the process: two would keep their threads spinning against each other.
     runtime = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    parts = (*(s.read_text() for s in _SOURCES), version, target, " ".join(_FLAGS), *map(str, runtime))
+    parts = (
+        *(s.read_text() for s in (*_SOURCES, *_HEADERS)),
+        version,
+        target,
+        " ".join(_FLAGS),
+        *map(str, runtime),
+    )
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     folder = _cache_folder()
     path = folder / f"kernels-{digest}.so"

@@ -21,8 +21,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
+from tinsmith.engine.kernels import elementwise
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.experts import expert_slots, experts_forward
+from tinsmith.engine.model.fused import fuse
 from tinsmith.engine.model.lora import GateLinear, Group, LoraLinear, Slot
 from tinsmith.engine.model.packing import Pass, Segment, current_pass, running
 from tinsmith.engine.model.recurrent import find_mixers, take_apart
@@ -153,6 +155,7 @@ class BaseModel:
                 self.go_generic()
         inner = next(n for n, m in self.module.named_modules() if m is self._body) if has_eyes else ""
         self.slots = list(_replace(self.module, list(self.mixers), inner, self.generic))
+        fuse(self._body, device, dtype)
         self.has_gates = any(isinstance(m, GateLinear) for m in self._body.modules())
         # (in, out) of the products that routers make with their own weights
         self.routers = {
@@ -262,6 +265,8 @@ class BaseModel:
     @staticmethod
     def log_softmax(logits: Tensor) -> Tensor:
         """fp32 log-probabilities [n, vocab]: the one function behind every logprob, trained or sampled."""
+        if elementwise.usable(logits.device, logits.dtype):
+            return elementwise.LogSoftmax(logits).table()
         return torch.log_softmax(logits.float(), dim=-1)
 
     def plain(self, token_ids: Tensor, cache: Any = None) -> Tensor:
