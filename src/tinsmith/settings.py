@@ -56,6 +56,10 @@ class Settings:
         metadata=_about("bound for weights, adapters, caches and activations (8GB, 512MB)", bytes=True),
     )
     threads: int | None = field(default=None, metadata=_about("CPU threads of the engine", least=1))
+    trust_remote_code: bool = field(
+        default=False,
+        metadata=_about("run modeling and tokenizer code that a model's folder brings along"),
+    )
     log_level: str = field(
         default="info", metadata=_about("how much to log", choices=("debug", "info", "warning", "error"))
     )
@@ -178,6 +182,8 @@ def _read(name: str, value: object, wanted: Any, metadata: Mapping[str, Any]) ->
         )
     if metadata.get("bytes"):
         number: float = parse_bytes(value) if isinstance(value, str) else _number(name, value, int)
+    elif wanted is bool:
+        return _switch(name, value)
     elif wanted is Path:
         return Path(str(value)).expanduser()
     elif wanted is str:
@@ -192,6 +198,15 @@ def _read(name: str, value: object, wanted: Any, metadata: Mapping[str, Any]) ->
         limits = f"at least {least}" + (f" and at most {most}" if most is not None else "")
         raise SettingsError(f"{name}: must be {limits}, not {number}")
     return number
+
+
+def _switch(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+        raise SettingsError(f"{name}: must be true or false, not {value!r}")
+    return text in ("true", "1", "yes", "on")
 
 
 def _number(name: str, value: object, kind: type[int] | type[float]) -> float:

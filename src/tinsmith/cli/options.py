@@ -19,6 +19,15 @@ def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None =
             continue
         flag = "--" + setting.metadata.get("flag", setting.name).replace("_", "-")
         choices = setting.metadata.get("choices")
+        if isinstance(setting.default, bool):
+            parser.add_argument(
+                flag,
+                dest=setting.name,
+                action=argparse.BooleanOptionalAction,
+                default=None,
+                help=setting.metadata["help"],
+            )
+            continue
         parser.add_argument(
             flag,
             dest=setting.name,

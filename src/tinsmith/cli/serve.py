@@ -75,6 +75,7 @@ async def _serve(settings: Settings, store: Store, make_engine: MakeEngine, new_
             max_rank=settings.max_rank,
             memory=settings.memory,
             threads=settings.threads,
+            trust_remote_code=settings.trust_remote_code,
         )
     )
     service = Service(settings, store, LocalBlobs(settings.data / "blobs"), engine)

@@ -272,6 +272,7 @@ class EngineConfig:
     max_rank: int = 128
     memory: int | None = None
     threads: int | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from tinsmith.engine.commands import (
 )
 from tinsmith.engine.device import pick_device, pick_dtype
 from tinsmith.engine.exactness import settle
-from tinsmith.engine.memory import Budget, available_memory
+from tinsmith.engine.memory import LEAST, Budget, available_memory
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.checks import check
@@ -71,9 +71,19 @@ class Engine:
         self.config = config
         self.device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, self.device)
+        # Before the models are there: what they take is no longer free afterwards.
+        memory = config.memory or available_memory(self.device)
         self.models: dict[str, BaseModel] = {}
         for source in config.models:
-            model = BaseModel(source.name, source.path, self.device, dtype, config.max_context)
+            model = BaseModel(
+                source.name,
+                source.path,
+                self.device,
+                dtype,
+                config.max_context,
+                room=memory - LEAST - sum(m.nbytes for m in self.models.values()),
+                trust_remote_code=config.trust_remote_code,
+            )
             check(model)
             self.models[source.name] = model
         if self.device.type == "cpu":
@@ -84,7 +94,7 @@ class Engine:
             for reason in reasons:
                 log.warning("%s: results depend on their company here: %s", name, reason)
         weights = sum(m.nbytes + (CACHE_BYTES if m.vision else 0) for m in self.models.values())
-        self.budget = Budget.split(config.memory or available_memory(self.device), weights)
+        self.budget = Budget.split(memory, weights)
         for model in self.models.values():
             if model.vision is not None:
                 model.vision.most_bytes = self.budget.passes

@@ -9,6 +9,8 @@ import torch
 
 from tinsmith.engine.model.base import ModelError
 
+LEAST = 32 << 20  # bytes beside the base weights, below which there is no use in starting
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -22,7 +24,7 @@ class Budget:
     def split(cls, total: int, weights: int) -> Budget:
         """What `total` leaves beside the base weights. Raises ModelError if that is nothing."""
         left = total - weights
-        if left < 32 << 20:
+        if left < LEAST:
             raise ModelError(
                 f"the base weights need {weights} bytes and the memory bound is {total}: too little is left "
                 "to train or sample. Serve a smaller model or raise --memory"

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.hub import cached_file
-from transformers.utils.logging import disable_progress_bar
 
 from tinsmith.engine.kernels import elementwise
 from tinsmith.engine.model.attention import PADDING
+from tinsmith.engine.model.errors import ModelError
 from tinsmith.engine.model.experts import expert_slots, experts_forward
 from tinsmith.engine.model.fused import fuse
+from tinsmith.engine.model.loading import fingerprint, load
 from tinsmith.engine.model.lora import GateLinear, Group, LoraLinear, Slot
 from tinsmith.engine.model.packing import Pass, Segment, current_pass, running
 from tinsmith.engine.model.recurrent import find_mixers, take_apart
-from tinsmith.engine.model.vision import Expanded, NoImages, Vision, Visual, attention_of, auto_class, sees
+from tinsmith.engine.model.vision import Expanded, NoImages, Vision, Visual, sees
 from tinsmith.wire.images import ImageChunk
 from tinsmith.wire.training import ContentError
 
@@ -36,10 +32,6 @@ log = logging.getLogger(__name__)
 
 GENERIC = -1  # stands for a layer where all of them are meant
 UNEMBED = "model.unembed_tokens"  # the name that Tinker's adapter format gives the unembedding
-
-
-class ModelError(Exception):
-    """A model cannot be served; the message names the folder and the cause."""
 
 
 class Unknown(Exception):
@@ -80,7 +72,6 @@ def _attention(
     return out.unsqueeze(0), None
 
 
-disable_progress_bar()  # a server's log is no place for it
 ALL_ATTENTION_FUNCTIONS.register("tinsmith", _attention)
 ALL_EXPERTS_FUNCTIONS.register("tinsmith", experts_forward)
 
@@ -96,15 +87,26 @@ class BaseModel:
     vision: Vision | None
 
     def __init__(
-        self, name: str, path: str, device: torch.device, dtype: torch.dtype, max_context: int | None = None
+        self,
+        name: str,
+        path: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_context: int | None = None,
+        *,
+        room: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        """Loads it. Raises ModelError."""
-        module, tokenizer = _load(name, path, device, dtype)
-        self._adopt(name, path, module, tokenizer, device, dtype, max_context)
-        self.fingerprint = _fingerprint(_folder(path))
-        if sees(module.config):
+        """Loads it; `room` is how many bytes there are for its weights. Raises ModelError."""
+        try:
+            found = load(path, device, dtype, room=room, trust_remote_code=trust_remote_code)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from error
+        self._adopt(name, path, found.module, found.tokenizer, device, dtype, max_context)
+        self.fingerprint = fingerprint(found.folder)
+        if sees(self.module.config):
             try:
-                self.vision = Vision(self.module, path, self.vocab_size, device)
+                self.vision = Vision(self.module, str(found.folder), self.vocab_size, device)
             except NoImages as reason:
                 self.refuse_images(str(reason))
 
@@ -333,39 +335,6 @@ class BaseModel:
         return {i: shapes[i] for i in sorted(shapes)}
 
 
-def _load(name: str, path: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    local = Path(path)
-    if os.path.isabs(path) and not local.is_dir():
-        raise ModelError(f"{name}: there is no folder {path}")
-    if local.is_dir() and not (local / "config.json").is_file():
-        raise ModelError(
-            f"{name}: {path} has no config.json, so it is no model folder in Hugging Face layout"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        raise ModelError(f"{name}: no tokenizer could be loaded from {path}: {_short(error)}") from error
-    try:
-        config = AutoConfig.from_pretrained(path)
-        module, found = auto_class(config).from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention_of(config),
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise ModelError(f"{name}: the model could not be loaded from {path}: {_short(error)}") from error
-    module.config.get_text_config()._experts_implementation = "tinsmith"
-    module.config._experts_implementation = "tinsmith"
-    module.tinsmith_missing = frozenset(found["missing_keys"])  # see Vision
-    return module.to(device), tokenizer
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
-
-
 def _replace(module: Any, mixers: Sequence[str], inner: str, generic: bool) -> Iterator[Slot]:
     """Put adapters' layers in the place of the linear layers and experts; yields their slots in order.
 
@@ -427,34 +396,3 @@ def _eos(module: Any, tokenizer: Any) -> tuple[int, ...]:
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         found.append(tokenizer.eos_token_id)
     return tuple(dict.fromkeys(int(i) for i in found))
-
-
-def _folder(path: str) -> Path:
-    """Where the model's files lie: the folder itself, or the snapshot that a hub id was loaded from."""
-    if Path(path).is_dir():
-        return Path(path)
-    config = cached_file(path, "config.json")
-    if config is None:
-        raise ModelError(f"{path} has no config.json")
-    return Path(config).parent
-
-
-def _fingerprint(folder: Path) -> str:
-    """Identity of a base: its config, its weight files' names, headers or index, and samples of the data."""
-    digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text())
-    fields = {k: v for k, v in config.items() if k not in ("transformers_version", "dtype", "torch_dtype")}
-    digest.update(json.dumps(fields, sort_keys=True).encode())
-    for file in sorted(folder.glob("*.safetensors*")):
-        digest.update(file.name.encode())
-        if file.suffix == ".json":
-            digest.update(file.read_bytes())
-        else:
-            with file.open("rb") as f:
-                size = int.from_bytes(f.read(8), "little")
-                digest.update(f.read(min(size, 64 << 20)))
-                # The header does not change with the values: take a little of the data along.
-                for part in range(16):
-                    f.seek(8 + size + (file.stat().st_size - 8 - size) * part // 16)
-                    digest.update(f.read(4096))
-    return digest.hexdigest()[:32]

@@ -1,0 +1,458 @@
+"""Loading models as published: formats, dtypes, shards, and folders that something is wrong with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.families import make
+from tests.quantized import FORMATS, compressed, full, quantize
+from tinsmith.engine.model.errors import ModelError
+from tinsmith.engine.model.loading import Loaded, load
+
+CPU = torch.device("cpu")
+ROWS = {"int4": "DeepseekV3", "mxfp4": "GptOss"}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+Family = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    root = tmp_path_factory.mktemp("families")
+    return lambda row: make(row, root)
+
+
+@pytest.fixture
+def model(family: Family, tmp_path: Path) -> Path:
+    """A folder that a test may break."""
+    return Path(shutil.copytree(family("Qwen3Moe"), tmp_path / "model"))
+
+
+def loaded(folder: Path, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Loaded:
+    return load(str(folder), CPU, dtype, trust_remote_code=trust_remote_code)
+
+
+def refusal(folder: Path, **more: bool) -> str:
+    with pytest.raises(ModelError) as caught:
+        loaded(folder, **more)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_same(folder: Path, reference: Path, dtype: torch.dtype = torch.float32) -> None:
+    """All tensors, buffers too, are those that transformers loads."""
+    ours = loaded(folder, dtype).module
+    theirs = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype)
+    expected = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}
+    found = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def set_config(folder: Path, **fields: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def shard(folder: Path, count: int = 3) -> None:
+    """Spread the weights over files as large models have them, experts of a layer too."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    where: dict[str, str] = {}
+    for number in range(count):
+        file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+        part = {name: tensors[name] for name in list(tensors)[number::count]}
+        save_file(part, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+class TestFull:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("row", ["DeepseekV3", "NemotronH"])
+    def test_weights_in_any_dtype(
+        self, family: Family, tmp_path: Path, row: str, stored: torch.dtype, dtype: torch.dtype
+    ) -> None:
+        """Both have weights that stay in fp32, whatever is computed in."""
+        folder = Path(shutil.copytree(family(row), tmp_path / "model"))
+        change_weights(folder, lambda t: t.update({k: v.to(stored) for k, v in t.items()}))
+        assert_same(folder, folder, dtype)
+
+    def test_weights_in_several_files(self, model: Path, family: Family) -> None:
+        shard(model)
+        assert_same(model, family("Qwen3Moe"))
+
+    def test_tensors_that_belong_to_nothing_are_left_alone(self, model: Path, family: Family) -> None:
+        """As layers for multi-token prediction."""
+        change_weights(model, lambda t: t.update({"model.layers.2.eh_proj.weight": torch.ones(3, 3)}))
+        assert_same(model, family("Qwen3Moe"))
+
+    @pytest.mark.parametrize("same", [True, False])
+    def test_a_tied_unembedding_that_is_in_the_file_too(
+        self, family: Family, tmp_path: Path, same: bool
+    ) -> None:
+        folder = Path(shutil.copytree(family("Llama-tied"), tmp_path / "model"))
+        change_weights(
+            folder,
+            lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + (0.0 if same else 1.0)}),
+        )
+        assert_same(folder, folder)
+        found = loaded(folder).module
+        assert (found.lm_head.weight is found.model.embed_tokens.weight) == same
+
+    def test_kimi_k2_is_deepseek_v3(self, family: Family, tmp_path: Path) -> None:
+        """transformers does not have that name; its tokenizer's and its own class lie beside it as code."""
+        folder = Path(shutil.copytree(family("DeepseekV3"), tmp_path / "model"))
+        auto_map = {
+            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+        }
+        set_config(folder, model_type="kimi_k2", auto_map=auto_map)
+        assert_same(folder, family("DeepseekV3"))
+
+
+class TestQuantized:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_the_weights_are_those_that_were_quantized(
+        self, family: Family, tmp_path: Path, name: str, dtype: torch.dtype
+    ) -> None:
+        """Experts too, of which transformers makes one tensor of three dimensions a layer."""
+        folder = quantize(family(ROWS.get(name, "Qwen3Moe")), tmp_path / "model", name)
+        assert_same(folder, full(folder), dtype)
+        assert loaded(folder).quantized
+
+    def test_weights_and_scales_may_be_in_different_files(self, family: Family, tmp_path: Path) -> None:
+        folder = quantize(family("Qwen3Moe"), tmp_path / "model", "fp8")
+        shard(folder)
+        assert_same(folder, full(folder))
+
+    def test_experts_of_one_format_and_attention_of_another(self, family: Family, tmp_path: Path) -> None:
+        """As Kimi's: what a tensor is, its own name and dtype say."""
+        experts = quantize(family("DeepseekV3"), tmp_path / "experts", "int4")
+        both = quantize(full(experts), tmp_path / "both", "fp8")
+        for target, source in ((both, experts), (full(both), full(experts))):
+            own = {k: v for k, v in load_file(source / WEIGHTS).items() if ".experts." in k}
+            kept = {k: v for k, v in load_file(target / WEIGHTS).items() if ".experts." not in k}
+            save_file({**kept, **own}, target / WEIGHTS, {"format": "pt"})
+        settings = compressed("mixed-precision", 4, group=16)
+        blocks = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [48, 48]}
+        settings["config_groups"]["group_1"] = {"weights": blocks, "format": "float-quantized"}
+        set_config(both, quantization_config=settings)
+        assert_same(both, full(both))
+
+    @pytest.mark.parametrize(
+        ("settings", "named"),
+        [
+            ({"quant_method": "awq", "bits": 4}, "awq"),
+            ({"quant_method": "gptq", "bits": 4}, "gptq"),
+            ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+            ({"load_in_8bit": True}, "bitsandbytes"),
+            ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4"),
+            ({"quant_method": "quark"}, "quark"),
+            ({"quant_method": "torchao"}, "torchao"),
+            ({"quant_method": "tomorrow's"}, "tomorrow's"),
+            ({}, "no name"),
+            (compressed("nvfp4-pack-quantized", 4, "float"), "nvfp4-pack-quantized"),
+            (compressed("mxfp4-pack-quantized", 4, "float"), "mxfp4-pack-quantized"),
+            (compressed("marlin-24", 4), "marlin-24"),
+            (compressed("pack-quantized", 3), "3 bits"),
+            (compressed("pack-quantized", 4, symmetric=False), "zero points"),
+            (compressed("pack-quantized", 4, actorder="group"), "actorder"),
+            ({**compressed("dense", 8), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24"),
+        ],
+    )
+    def test_a_format_without_a_dequantizer_is_refused_by_name(
+        self, model: Path, settings: dict, named: str
+    ) -> None:
+        (model / WEIGHTS).unlink()  # it is not even looked for
+        set_config(model, quantization_config={**settings, "x": 1})
+        said = refusal(model)
+        assert str(model / "config.json") in said
+        assert named in said
+        assert "no dequantizer" in said
+
+    @pytest.mark.parametrize(
+        ("name", "end", "said"),
+        [
+            ("fp8", "_scale_inv", "there is no model.layers.0.self_attn.q_proj.weight_scale_inv"),
+            ("int4", "_scale", "no model.layers.1.mlp.experts.3.up_proj.weight_scale"),
+            ("int4", "_shape", "no model.layers.1.mlp.experts.3.up_proj.weight_shape"),
+        ],
+    )
+    def test_a_scale_that_is_not_there(
+        self, family: Family, tmp_path: Path, name: str, end: str, said: str
+    ) -> None:
+        folder = quantize(family(ROWS.get(name, "Qwen3Moe")), tmp_path / "model", name)
+        absent = said.split()[-1]
+        assert absent.endswith(end)
+        change_weights(folder, lambda t: t.pop(absent))
+        assert said in refusal(folder)
+
+    def test_scales_of_another_shape(self, family: Family, tmp_path: Path) -> None:
+        folder = quantize(family("Qwen3Moe"), tmp_path / "model", "fp8")
+        name = "model.layers.0.self_attn.q_proj.weight_scale_inv"
+        change_weights(folder, lambda t: t.update({name: torch.ones(5, 3)}))
+        assert f"{name} [5, 3] does not suit" in refusal(folder)
+
+
+CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+class OddConfig(PretrainedConfig):
+    model_type = "odd"
+    def __init__(self, width=16, vocab_size=512, max_position_embeddings=64, **more):
+        self.width, self.vocab_size, self.max_position_embeddings = width, vocab_size, max_position_embeddings
+        super().__init__(**more)
+
+class OddModel(PreTrainedModel):
+    config_class = OddConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(config.vocab_size, config.width)
+        self.mix = torch.nn.Linear(config.width, config.width, bias=False)
+        self.post_init()
+    def get_input_embeddings(self):
+        return self.embed
+
+class OddForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = OddConfig
+    base_model_prefix = "model"
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = OddModel(config)
+        self.lm_head = torch.nn.Linear(config.width, config.vocab_size, bias=False)
+        self.post_init()
+    def get_output_embeddings(self):
+        return self.lm_head
+    def forward(self, input_ids=None, **more):
+        return CausalLMOutputWithPast(logits=self.lm_head(self.model.mix(self.model.embed(input_ids))))
+"""
+TOKENIZER = """
+from transformers import PreTrainedTokenizer
+
+class OddTokenizer(PreTrainedTokenizer):
+    vocab_files_names = {"vocab_file": "odd.model"}
+    def __init__(self, vocab_file, **more):
+        self.pieces = open(vocab_file).read().split()
+        super().__init__(**more)
+    @property
+    def vocab_size(self):
+        return len(self.pieces)
+    def get_vocab(self):
+        return {piece: i for i, piece in enumerate(self.pieces)}
+    def _tokenize(self, text):
+        return list(text)
+    def _convert_token_to_id(self, token):
+        return self.pieces.index(token)
+    def _convert_id_to_token(self, index):
+        return self.pieces[index]
+"""
+
+
+class TestCodeOfTheCheckpointsOwn:
+    def odd(self, model: Path) -> Path:
+        settings = {
+            "model_type": "odd",
+            "architectures": ["OddForCausalLM"],
+            "auto_map": {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"},
+        }
+        (model / "config.json").write_text(json.dumps(settings))
+        (model / "odd.py").write_text(CODE)
+        sizes = {"model.embed.weight": (512, 16), "model.mix.weight": (16, 16), "lm_head.weight": (512, 16)}
+        save_file({name: torch.randn(size) for name, size in sizes.items()}, model / WEIGHTS)
+        return model
+
+    def test_a_model_is_refused_without_the_flag(self, model: Path) -> None:
+        said = refusal(self.odd(model))
+        assert "OddForCausalLM" in said
+        assert "odd.py" in said
+        assert "--trust-remote-code" in said
+
+    def test_a_model_is_loaded_with_it(self, model: Path, tmp_path: Path) -> None:
+        found = loaded(self.odd(model), trust_remote_code=True).module
+        assert type(found).__name__ == "OddForCausalLM"
+        for name, tensor in load_file(model / WEIGHTS).items():
+            assert torch.equal(found.get_parameter(name), tensor)
+
+    def test_transformers_own_model_is_preferred(self, model: Path) -> None:
+        """Kimi-Linear, DeepSeek and others bring code along that transformers has meanwhile."""
+        (model / "old.py").write_text("raise RuntimeError")
+        set_config(model, auto_map={"AutoConfig": "old.C", "AutoModelForCausalLM": "old.M"})
+        assert type(loaded(model, trust_remote_code=True).module).__name__ == "Qwen3MoeForCausalLM"
+
+    def test_a_tokenizer_is_refused_without_the_flag_and_loaded_with_it(self, model: Path) -> None:
+        """Kimi's is of this kind: transformers would make another one of the same file."""
+        (model / "tokenizer.json").unlink()
+        (model / "odd.model").write_text("c b a")
+        (model / "tokenization_odd.py").write_text(TOKENIZER)
+        settings = {
+            "tokenizer_class": "OddTokenizer",
+            "auto_map": {"AutoTokenizer": ["tokenization_odd.OddTokenizer", None]},
+        }
+        (model / "tokenizer_config.json").write_text(json.dumps(settings))
+        said = refusal(model)
+        assert "tokenization_odd.py" in said
+        assert "--trust-remote-code" in said
+        tokenizer = loaded(model, trust_remote_code=True).tokenizer
+        assert tokenizer("abc")["input_ids"] == [2, 1, 0]
+
+
+def cut(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+class TestFoldersThatSomethingIsWrongWith:
+    def test_no_folder(self, tmp_path: Path) -> None:
+        assert f"there is no folder {tmp_path / 'absent'}" in refusal(tmp_path / "absent")
+
+    @pytest.mark.parametrize(
+        ("text", "cause"),
+        [
+            (None, "has no config.json"),
+            ("{", "config.json is no valid JSON"),
+            ("[1]", "config.json is no JSON object"),
+            ("\xff", "config.json is no valid"),
+            ("{}", "config.json has no model_type"),
+            ('{"model_type": 7}', "config.json has no model_type"),
+            ('{"model_type": "tomorrow", "architectures": ["TomorrowForCausalLM"]}', "TomorrowForCausalLM"),
+            (
+                '{"model_type": "vit", "architectures": ["ViTModel"]}',
+                "ViTModel is no language model",
+            ),
+            ('{"model_type": "qwen3", "hidden_size": "many"}', "config.json is no valid config"),
+            ('{"model_type": "qwen3", "hidden_size": -8}', "config.json"),
+            ('{"model_type": "qwen3", "num_hidden_layers": 2, "layer_types": ["a", "b"]}', "config.json"),
+        ],
+    )
+    def test_a_config_that_is_none(self, model: Path, text: str | None, cause: str) -> None:
+        (model / "config.json").unlink()
+        if text is not None:
+            (model / "config.json").write_text(text, encoding="latin-1")
+        said = refusal(model)
+        assert cause in said
+        assert str(model) in said
+
+    @pytest.mark.parametrize(
+        "other", [None, "pytorch_model.bin", "model-q4.gguf", "consolidated.safetensors"]
+    )
+    def test_no_weights(self, model: Path, other: str | None) -> None:
+        (model / WEIGHTS).unlink()
+        if other:
+            (model / other).write_bytes(b"x")
+        said = refusal(model)
+        assert f"{model} has no weights" in said
+        assert other is None or other in said
+
+    @pytest.mark.parametrize("size", [0, 5, 100, -1])
+    def test_a_truncated_file(self, model: Path, size: int) -> None:
+        cut(model / WEIGHTS, size)
+        assert f"{model / WEIGHTS} is truncated" in refusal(model)
+
+    @pytest.mark.parametrize(
+        "header",
+        [b"\0" * 40, b'{"a": 1}', b"[]", b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}'],
+    )
+    def test_a_corrupt_header(self, model: Path, header: bytes) -> None:
+        (model / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+        assert f"{model / WEIGHTS} has a corrupt header" in refusal(model)
+
+    def test_something_behind_the_end(self, model: Path) -> None:
+        (model / WEIGHTS).write_bytes((model / WEIGHTS).read_bytes() + b"x")
+        assert f"{model / WEIGHTS} is corrupt" in refusal(model)
+
+    def test_a_truncated_shard_is_named(self, model: Path) -> None:
+        shard(model)
+        cut(model / "model-00002-of-00003.safetensors", -1)
+        assert f"{model}/model-00002-of-00003.safetensors is truncated" in refusal(model)
+
+    def test_a_missing_shard_is_named(self, model: Path) -> None:
+        shard(model)
+        (model / "model-00002-of-00003.safetensors").unlink()
+        assert f"{model} lacks model-00002-of-00003.safetensors" in refusal(model)
+
+    @pytest.mark.parametrize("where", [[], {}, {"a": 7}, {"a": "../outside.safetensors"}])
+    def test_an_index_that_is_none(self, model: Path, where: object) -> None:
+        (model / WEIGHTS).rename(model / "../outside.safetensors")
+        (model / INDEX).write_text(json.dumps({"weight_map": where}))
+        assert str(model / INDEX) in refusal(model)
+
+    def test_an_index_that_names_a_tensor_elsewhere(self, model: Path) -> None:
+        shard(model)
+        index = json.loads((model / INDEX).read_text())
+        name = "model.norm.weight"
+        index["weight_map"][name] = next(
+            f for f in index["weight_map"].values() if f != index["weight_map"][name]
+        )
+        (model / INDEX).write_text(json.dumps(index))
+        said = refusal(model)
+        assert name in said
+        assert str(model / INDEX) in said
+
+    def test_a_weight_that_is_not_there_is_never_made_up(self, model: Path) -> None:
+        change_weights(model, lambda t: t.pop("model.layers.1.self_attn.o_proj.weight"))
+        said = refusal(model)
+        assert str(model) in said
+        assert "lack model.layers.1.self_attn.o_proj.weight" in said
+
+    def test_an_expert_that_is_not_there(self, model: Path) -> None:
+        change_weights(model, lambda t: t.pop("model.layers.1.mlp.experts.3.up_proj.weight"))
+        said = refusal(model)
+        assert "model.layers.1.mlp.experts.gate_up_proj" in said
+        assert "7 of " in said
+
+    def test_a_whole_expert_that_is_not_there(self, model: Path) -> None:
+        change_weights(model, lambda t: [t.pop(name) for name in list(t) if "1.mlp.experts.7." in name])
+        assert "model.layers.1.mlp.experts" in refusal(model)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "model.norm.weight",
+            "model.layers.0.mlp.gate.weight",
+            "model.layers.1.mlp.experts.3.up_proj.weight",
+        ],
+    )
+    def test_a_shape_that_the_config_does_not_have(self, model: Path, name: str) -> None:
+        change_weights(model, lambda t: t.update({name: torch.zeros(5, *t[name].shape[1:])}))
+        said = refusal(model)
+        assert str(model / WEIGHTS) in said
+        assert "5" in said
+
+    def test_a_config_of_another_size(self, model: Path) -> None:
+        set_config(model, hidden_size=96)
+        assert "where config.json makes it [512, 96]" in refusal(model)
+
+    @pytest.mark.parametrize("broken", [None, "tokenizer.json", "tokenizer_config.json"])
+    def test_no_tokenizer(self, model: Path, broken: str | None) -> None:
+        for file in model.glob("tokenizer*"):
+            if broken is None:
+                file.unlink()
+            elif file.name == broken:
+                file.write_text("{")
+        said = refusal(model)
+        assert "tokenizer" in said
+        assert str(model) in said
+
+    def test_more_than_there_is_room_for(self, model: Path) -> None:
+        (model / WEIGHTS).unlink()  # the config alone says so
+        with pytest.raises(ModelError, match=r"need \d+ bytes in float32, and 1000 are left"):
+            load(str(model), CPU, torch.float32, room=1000)
