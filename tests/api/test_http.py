@@ -334,7 +334,10 @@ def test_a_sample_needs_no_session(raw: Raw) -> None:
         ({"sampling_params": {"stop": [""]}}, "stop"),
         ({"sampling_params": {"seed": "x"}}, "seed"),
         ({"record_stability_info": True}, "record_stability_info"),
-        ({"prompt_alt_tokens_k": 1}, "prompt_alt_tokens_k"),
+        ({"prompt_alt_tokens_k": -1}, "prompt_alt_tokens_k"),
+        ({"prompt_logprobs_last_n": 1}, "prompt_logprobs_last_n"),
+        ({"prompt_logprobs_last_n": 9, "prompt_logprobs": True}, "prompt_logprobs_last_n"),
+        ({"target_prompt_logprobs": [1]}, "target_prompt_logprobs"),
     ],
 )
 def test_a_sample_that_cannot_be_is_a_4xx_that_names_the_field(

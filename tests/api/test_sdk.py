@@ -334,25 +334,6 @@ def test_a_prompt_beyond_the_context_is_refused_with_the_three_numbers(client: t
         sampler.sample(prompt, 1, types.SamplingParams(max_tokens=13)).result()
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k"),
-        ({"prompt_logprobs_last_n": 1, "include_prompt_logprobs": True}, "prompt_logprobs_last_n"),
-        (
-            {"target_prompt_logprobs": types.TensorData(data=[1, 2, 3], dtype="int64", shape=[3, 1])},
-            "target_prompt_logprobs",
-        ),
-    ],
-)
-def test_what_is_not_offered_in_sampling_is_refused_by_name(
-    client: tinker.ServiceClient, options: dict[str, object], says: str
-) -> None:
-    sampler = client.create_sampling_client(base_model=MODEL).result()
-    with pytest.raises(tinker.BadRequestError, match=says):
-        sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=1), **options).result()  # type: ignore[arg-type]
-
-
 def test_an_image_in_a_prompt_is_refused(client: tinker.ServiceClient) -> None:
     sampler = client.create_sampling_client(base_model=MODEL).result()
     prompt = types.ModelInput(chunks=[types.ImageChunk(data=b"png", format="png", expected_tokens=4)])

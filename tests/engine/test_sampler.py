@@ -327,7 +327,11 @@ class TestRoom:
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_k": -5}, "top_k is -5"),
-        ({"topk_sample": 21}, "topk_sample_logprobs is 21"),
+        ({"topk_sample": 513}, "topk_sample_logprobs is 513; .* from 0 to 512"),
+        (
+            {"topk_sample": 512, "max_tokens": 400, "num_samples": 400},
+            "topk_sample_logprobs is 512; .* to 419",
+        ),
         ({"stop": ("",)}, "stop contains an empty string"),
     ],
 )

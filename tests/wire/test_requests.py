@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 from tinker import types
 
@@ -16,7 +15,6 @@ from tinsmith.wire.requests import (
     LoadWeights,
     LoraConfig,
     OptimStep,
-    Sample,
     SaveWeights,
     Target,
 )
@@ -68,36 +66,6 @@ def test_saves_and_loads() -> None:
         types.LoadWeightsRequest(session_id="s", model_seq_id=0, path="tinker://r/weights/n", optimizer=True)
     )
     assert LoadWeights.read(load) == LoadWeights("tinker://r/weights/n", True, None)
-
-
-def test_sample() -> None:
-    fields = _sent(
-        types.SampleRequest(
-            sampling_session_id="s",
-            seq_id=10**18,
-            num_samples=2,
-            prompt=types.ModelInput(
-                chunks=[types.EncodedTextChunk(tokens=[1, 2]), types.EncodedTextChunk(tokens=[3])]
-            ),
-            sampling_params=types.SamplingParams(max_tokens=5, stop=[7, 8], top_k=-1),
-            prompt_logprobs=True,
-            topk_prompt_logprobs=3,
-        )
-    )
-    request = Sample.read(fields)
-    assert np.frombuffer(request.prompt, np.int32).tolist() == [1, 2, 3]
-    assert (request.sampling_session_id, request.seq_id, request.num_samples) == ("s", 10**18, 2)
-    assert (request.stop, request.top_k, request.prompt_logprobs) == ((7, 8), -1, True)
-    assert (request.topk_prompt_logprobs, request.seed) == (3, None)
-
-
-@pytest.mark.parametrize(
-    ("stop", "read"),
-    [(None, None), ([], ()), ("a", ("a",)), (["a", "b"], ("a", "b")), ([1], (1,))],
-)
-def test_stop_in_all_its_forms(stop: object, read: object) -> None:
-    body = {"prompt": {"chunks": [{"tokens": [1]}]}, "sampling_params": {"stop": stop}, "base_model": "m"}
-    assert Sample.read(Fields(body)).stop == read
 
 
 def test_create_session() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from tinsmith.wire.requests import CreateSamplingSession, Sample
+from tinsmith.wire.requests import CreateSamplingSession
+from tinsmith.wire.sample_request import SampleRequest
 
 from .http import Call, json_response
 
@@ -27,7 +28,7 @@ async def get_sampler(call: Call) -> Response:
 
 
 async def sample(call: Call) -> Response:
-    promise = await call.service.sampling.sample(call.caller, Sample.read(await call.fields()))
+    promise = await call.service.sampling.sample(call.caller, SampleRequest.read(await call.fields()))
     return json_response(
         {"request_id": promise.request_id, "model_id": None, "sample_sequence_ids": promise.sequence_ids}
     )

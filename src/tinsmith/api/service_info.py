@@ -29,7 +29,7 @@ CLIENT_CONFIG: dict[str, object] = {
     # Implemented, but a client that uses it never hears that a sample was lost in a restart.
     "sample_use_retrieve_futures": False,
     "custom_loss_server_side": False,
-    "sample_join_sampling_session": False,
+    "sample_join_sampling_session": True,
 }
 
 DYNAMIC_CONFIG: dict[str, object] = {

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from tinsmith.wire.images import ImageChunk
+from tinsmith.wire.sampling import PromptTargets
 
 Category = Literal["user", "server"]
 
@@ -183,9 +184,12 @@ class Sample:
     """Sample `num_samples` continuations of `prompt` (int32 token ids as bytes) with `images` in it.
 
     `sampler` None is the base model. Answers protobuf bytes (SampleResponse).
-    `prompt_logprobs` and `topk_prompt` ask for the prompt's own logprobs at temperature 1,
-    `topk_sample` for those of the most likely tokens beside each sampled one. At an image's places the
-    prompt's logprobs are those of the model's placeholder token, of which it has learned nothing.
+    `prompt_logprobs` and `topk_prompt` ask for the prompt's own logprobs at temperature 1, of its last
+    `prompt_logprobs_last_n` tokens where that is set; `targets` for those of chosen ids; `topk_sample` for
+    those of the most likely tokens beside each sampled one. `alt_tokens` draws that many tokens, at the
+    request's temperature, in the place of each prompt token but the first; their logprobs are at temperature
+    1. At an image's places the prompt's logprobs are those of the model's placeholder token, of which it has
+    learned nothing.
     """
 
     request: str
@@ -197,6 +201,9 @@ class Sample:
     prompt_logprobs: bool = False
     topk_prompt: int = 0
     topk_sample: int = 0
+    prompt_logprobs_last_n: int | None = None
+    targets: PromptTargets | None = None
+    alt_tokens: int = 0
     images: tuple[ImageChunk, ...] = ()
 
 

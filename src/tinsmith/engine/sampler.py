@@ -27,10 +27,11 @@ from tinsmith.engine.model.lora import AdapterWeights
 from tinsmith.engine.model.packing import Pass, RecurrentBackend, Segment
 from tinsmith.engine.model.vision import Expanded, Part
 from tinsmith.engine.paged_attention import Chunk, PagedAttention
+from tinsmith.engine.prompt_scores import PromptScores
 from tinsmith.engine.runs import Answer
 from tinsmith.engine.sampling import StopCheck, choose, scaled, top, uniforms
 from tinsmith.engine.states import SampledRecurrence, StatePool
-from tinsmith.wire.sampling import EMPTY_LOGPROB, EMPTY_TOKEN, Sampled, TopK, encode_response
+from tinsmith.wire.sampling import Sampled, TopK, encode_response
 from tinsmith.wire.training import ContentError
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 PREFILL_ROWS = {"cpu": 512, "cuda": 8192}  # prompt tokens of a step
 RUNNING = 256  # sequences of a step
 MAX_SAMPLES = 4096
-MAX_TOPK = 20
+MOST_TOPK_CELLS = 1 << 26  # logprobs beside sampled tokens that one request may ask for
 LOGIT_ROWS = 256  # rows whose logits exist at a time
 
 
@@ -52,15 +53,10 @@ class _Request:
     expanded: Expanded | None  # where the prompt has images
     limit: int  # output tokens at most
     stop: StopCheck
+    scores: PromptScores
     live: list[_Sequence] = field(default_factory=list)
     finished: dict[int, Sampled] = field(default_factory=dict)
     cached: int = 0
-    prompt_logprobs: list[np.ndarray] = field(default_factory=list)
-    prompt_topk: list[TopK] = field(default_factory=list)
-
-    @property
-    def scores_prompt(self) -> bool:
-        return self.command.prompt_logprobs or self.command.topk_prompt > 0
 
     @property
     def serial(self) -> int:
@@ -133,7 +129,8 @@ class Sampler:
         if isinstance(self.states, CachePool):
             limit = self._fit(self.states.most_tokens, len(prompt), limit, command.params.max_tokens)
         stop = StopCheck(command.params.stop, self.model.eos_token_ids, self.model.tokenizer)
-        request = _Request(command, weights, answer, prompt, content, expanded, limit, stop)
+        scores = PromptScores(command, prompt, self.model.vocab_size)
+        request = _Request(command, weights, answer, prompt, content, expanded, limit, stop, scores)
         self.requests[command.request] = request
         # The other samples join when the first has computed the prompt for all.
         request.live.append(_Sequence(request, 0, list(prompt)))
@@ -194,12 +191,16 @@ class Sampler:
         return self.pool.used + needed + len(self.running) <= self.pool.capacity
 
     def _take_known_pages(self, sequence: _Sequence) -> None:
-        """Begin behind the longest prefix that the cache knows; the last token is always computed."""
+        """Begin behind the longest prefix that the cache knows. The last token is always computed, and so are
+        the rows that score the prompt."""
         sequence.content, sequence.known = root(sequence.request.serial), 0
         fresh = not sequence.logprobs
-        if (fresh and sequence.request.scores_prompt) or self.states is not None:
+        if self.states is not None:
             return  # what the recurrent layers make of a prefix is not in its pages
-        while (sequence.known + 1) * PAGE < len(sequence.tokens):
+        most = len(sequence.tokens) - 1
+        if fresh and sequence.index == 0:
+            most = min(most, sequence.request.scores.first - 1)
+        while (sequence.known + 1) * PAGE <= most:
             content = chain(sequence.content, sequence.page(sequence.known))
             page = self.pool.find(content)
             if page is None:
@@ -265,9 +266,6 @@ class Sampler:
     def _put_off(self, sequence: _Sequence) -> None:
         """Free a sequence's pages; it is computed again when there is room."""
         self._free(sequence)
-        if not sequence.logprobs:  # its prompt will be scored again from the start
-            sequence.request.prompt_logprobs.clear()
-            sequence.request.prompt_topk.clear()
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
 
@@ -326,8 +324,7 @@ class Sampler:
         )
         ready: list[tuple[_Sequence, int]] = []
         for sequence, row, count in placed:
-            request = sequence.request
-            if request.scores_prompt and not sequence.logprobs and sequence.computed < len(request.prompt):
+            if sequence.index == 0 and not sequence.logprobs:
                 self._score_prompt(sequence, hidden, row, count)
             sequence.computed += count
             self._make_known(sequence)
@@ -343,18 +340,14 @@ class Sampler:
             sequence.known += 1
 
     def _score_prompt(self, sequence: _Sequence, hidden: torch.Tensor, row: int, count: int) -> None:
-        """Logprobs of the prompt tokens that follow the rows [row, row + count)."""
+        """What the request wants to know of its prompt and the rows [row, row + count) can tell."""
         request = sequence.request
-        targets = request.prompt[sequence.computed + 1 : sequence.computed + count + 1]
-        for at in range(0, len(targets), LOGIT_ROWS):
-            part = targets[at : at + LOGIT_ROWS]
-            rows = torch.arange(row + at, row + at + len(part), device=hidden.device)
+        wanted = request.scores.rows(sequence.computed, count)
+        for at in range(wanted.start, wanted.stop, LOGIT_ROWS):
+            part = range(at, min(at + LOGIT_ROWS, wanted.stop))
+            rows = torch.tensor([row + r - sequence.computed for r in part], device=hidden.device)
             table = self.model.log_softmax(self._logits(hidden, rows, [request.weights] * len(part)))
-            chosen = torch.tensor(part, device=hidden.device)[:, None]
-            if request.command.prompt_logprobs:
-                request.prompt_logprobs.append(table.gather(1, chosen)[:, 0].cpu().numpy())
-            if request.command.topk_prompt:
-                request.prompt_topk.append(TopK(*top(table, request.command.topk_prompt)))
+            request.scores.take(at, table)
 
     def _logits(
         self, hidden: torch.Tensor, rows: torch.Tensor, weights: Sequence[AdapterWeights | None]
@@ -487,17 +480,6 @@ class Sampler:
     def _result(self, request: _Request) -> Done:
         command = request.command
         sampled = [request.finished[i] for i in range(command.num_samples)]
-        prompt_logprobs = None
-        if command.prompt_logprobs:
-            prompt_logprobs = np.concatenate([np.full(1, np.nan, np.float32), *request.prompt_logprobs])
-        topk_prompt = None
-        if command.topk_prompt:
-            k = command.topk_prompt
-            empty = TopK(np.full((1, k), EMPTY_TOKEN, np.int32), np.full((1, k), EMPTY_LOGPROB, np.float32))
-            parts = [empty, *request.prompt_topk]
-            topk_prompt = TopK(
-                np.concatenate([p.token_ids for p in parts]), np.concatenate([p.logprobs for p in parts])
-            )
         count = sum(len(s.tokens) for s in sampled)
         self.sampled_tokens += count
         usage = {
@@ -505,7 +487,7 @@ class Sampler:
             "cached_prefill": request.cached,
             "sample": count,
         }
-        return Done(encode_response(sampled, prompt_logprobs, topk_prompt, request.cached), usage)
+        return Done(encode_response(sampled, request.scores.answers(), request.cached), usage)
 
 
 def _check_tokens(model: BaseModel, text: npt.NDArray[np.int64]) -> None:
@@ -525,17 +507,18 @@ def _check(model: BaseModel, command: Sample, prompt: list[int]) -> int:
     if not 1 <= command.num_samples <= MAX_SAMPLES:
         raise ContentError(f"num_samples is {command.num_samples}; it must be from 1 to {MAX_SAMPLES}")
     _check_params(params)
-    for name in ("topk_prompt", "topk_sample"):
-        k: int = getattr(command, name)
-        most = min(MAX_TOPK, model.vocab_size)
-        if not 0 <= k <= most:
-            raise ContentError(f"{name}_logprobs is {k}; it must be from 0 to {most}")
     left = model.max_context - len(prompt)
     wanted = params.max_tokens if params.max_tokens is not None else max(left, 1)
     if wanted > left:
         raise ContentError(
             f"the prompt has {len(prompt)} tokens and max_tokens is {wanted}; together they exceed the "
             f"context of {model.name}, {model.max_context} tokens"
+        )
+    most = min(MOST_TOPK_CELLS // (command.num_samples * wanted), model.vocab_size)
+    if not 0 <= command.topk_sample <= most:
+        raise ContentError(
+            f"topk_sample_logprobs is {command.topk_sample}; for {command.num_samples} samples of up to "
+            f"{wanted} tokens it must be from 0 to {most}"
         )
     return wanted
 

@@ -15,9 +15,10 @@ from tinsmith.engine.commands import SampleParams
 _MASK = (1 << 64) - 1
 
 
-def uniforms(
-    seeds: Sequence[int], samples: Sequence[int], positions: Sequence[int]
-) -> npt.NDArray[np.float64]:
+Integers = Sequence[int] | npt.NDArray[np.int64]
+
+
+def uniforms(seeds: Sequence[int], samples: Integers, positions: Integers) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each (seed, sample, position), and nothing else.
 
     SplitMix64 (Steele, Lea, Flood 2014) as a counter-based generator: no state to carry along, so a
@@ -70,13 +71,19 @@ def choose(logits: Tensor, params: Sequence[SampleParams], draws: npt.NDArray[np
     return chosen
 
 
-def _invert(p: Tensor, u: Tensor) -> Tensor:
-    """The first index at which the running sum of p exceeds u times the whole."""
+def draw(p: Tensor, u: Tensor) -> Tensor:
+    """For p [n, vocab] and u [n, k] in [0, 1): the first index at which the running sum of a row of p exceeds
+    u times the whole, [n, k]."""
     cumulative = p.cumsum(-1)
-    index = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
+    index = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     # Rounding may put u at the very end: the last token that has any probability then.
-    last = p.shape[1] - 1 - (p.flip(-1) > 0).to(torch.int8).argmax(-1)
+    last = p.shape[1] - 1 - (p.flip(-1) > 0).to(torch.int8).argmax(-1, keepdim=True)
     return torch.minimum(index, last)
+
+
+def _invert(p: Tensor, u: Tensor) -> Tensor:
+    """One draw of each row."""
+    return draw(p, u[:, None])[:, 0]
 
 
 def top(table: Tensor, k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:

@@ -16,8 +16,9 @@ from typing import Any
 from tinsmith.engine.commands import Cancel, EngineLost, Failed, ModelInfo, SampleParams
 from tinsmith.engine.commands import Sample as EngineSample
 from tinsmith.store.samplers import SamplingSessionRow
-from tinsmith.wire import requests
 from tinsmith.wire.errors import WireError
+from tinsmith.wire.requests import RetrieveFutures
+from tinsmith.wire.sample_request import SampleRequest
 
 from .context import Context
 from .errors import Gone
@@ -70,7 +71,7 @@ class Sampling:
 
     # Samples
 
-    async def sample(self, caller: Caller, request: requests.Sample) -> Promise:
+    async def sample(self, caller: Caller, request: SampleRequest) -> Promise:
         if request.sampling_session_id is not None:
             row = await self._samplers.get(caller, request.sampling_session_id)
             request_id = f"{row.id}:{request.seq_id}"
@@ -112,7 +113,7 @@ class Sampling:
         return _promise(sample)
 
     async def _run(
-        self, sample: _Sample, row: SamplingSessionRow, model: ModelInfo, request: requests.Sample
+        self, sample: _Sample, row: SamplingSessionRow, model: ModelInfo, request: SampleRequest
     ) -> None:
         try:
             outcome = await self._outcome_of(sample, row, model, request)
@@ -125,7 +126,7 @@ class Sampling:
         self._end(sample, outcome)
 
     async def _outcome_of(
-        self, sample: _Sample, row: SamplingSessionRow, model: ModelInfo, request: requests.Sample
+        self, sample: _Sample, row: SamplingSessionRow, model: ModelInfo, request: SampleRequest
     ) -> Outcome:
         if row.folder is not None and (task := self._samplers.begin_to_open(row)) is not None:
             wrong = await asyncio.shield(task)
@@ -151,6 +152,9 @@ class Sampling:
                 prompt_logprobs=request.prompt_logprobs,
                 topk_prompt=request.topk_prompt_logprobs,
                 topk_sample=request.topk_sample_logprobs,
+                prompt_logprobs_last_n=request.prompt_logprobs_last_n,
+                targets=request.targets,
+                alt_tokens=request.prompt_alt_tokens_k,
                 images=request.images,
             )
         )
@@ -189,7 +193,7 @@ class Sampling:
         return outcome
 
     async def completions(
-        self, caller: Caller, request: requests.RetrieveFutures, hold: float, closing: asyncio.Future[None]
+        self, caller: Caller, request: RetrieveFutures, hold: float, closing: asyncio.Future[None]
     ) -> tuple[list[dict[str, object]], int]:
         """Which of a sampling client's requests have ended since a cursor; waits until one has."""
         row = await self._samplers.get(caller, request.sampling_session_id)
@@ -274,7 +278,7 @@ def _completion(sample: _Sample) -> dict[str, object]:
     return answer
 
 
-def _check_top_k(request: requests.Sample, model: ModelInfo) -> None:
+def _check_top_k(request: SampleRequest, model: ModelInfo) -> None:
     for name, k in (
         ("topk_prompt_logprobs", request.topk_prompt_logprobs),
         ("topk_sample_logprobs", request.topk_sample_logprobs),
@@ -283,14 +287,14 @@ def _check_top_k(request: requests.Sample, model: ModelInfo) -> None:
             raise WireError(name, f"is {k}, more than the {model.vocab_size} tokens of the vocabulary")
 
 
-def _check_images(request: requests.Sample, model: ModelInfo) -> None:
+def _check_images(request: SampleRequest, model: ModelInfo) -> None:
     if request.images and not model.images:
         raise WireError(
             f"prompt.chunks[{request.images[0].chunk}].type", f"is 'image'; {model.name} reads text alone"
         )
 
 
-def _check_length(request: requests.Sample, model: ModelInfo) -> None:
+def _check_length(request: SampleRequest, model: ModelInfo) -> None:
     wanted = request.max_tokens or 1
     if request.prompt_length + wanted > model.max_context:
         shown = str(wanted) if request.max_tokens is not None else "not set (at least 1)"

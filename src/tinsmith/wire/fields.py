@@ -115,6 +115,13 @@ class Fields:
     def optional_child(self, name: str) -> Fields | None:
         return self.child(name) if self.has(name) else None
 
+    def integers(self, name: str, *, least: int = -(2**63), most: int = 2**63 - 1) -> list[int]:
+        """A JSON array of integers."""
+        for value in self.array(name):
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise self.error(name, f"must be a JSON array, each value {_integer_range(least, most)}")
+        return cast(list[int], self.array(name))
+
     def array(self, name: str) -> list[object]:
         value = self._values.get(name)
         if not isinstance(value, list):

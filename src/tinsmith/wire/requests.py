@@ -7,23 +7,14 @@ it is (`Target`), because a request whose content is refused still takes its tur
 
 from __future__ import annotations
 
-import base64
-import binascii
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
-from .errors import WireError
 from .fields import Fields
-from .images import ImageChunk
 from .paths import check_name
 
 HOUR = 3600
 TEN_YEARS = 10 * 365 * 24 * HOUR
-MOST_SAMPLES = 4096
-_INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,140 +249,6 @@ class CreateSamplingSession:
         if request.base_model is None and request.model_path is None:
             raise fields.error("base_model", "is missing, and so is model_path; give one of the two")
         return request
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A sampling request: where (a session, or a base model or path), the prompt, and how."""
-
-    sampling_session_id: str | None
-    seq_id: int | None
-    base_model: str | None
-    model_path: str | None
-    prompt: bytes  # int32 ids of the text tokens
-    images: tuple[ImageChunk, ...]
-    prompt_length: int  # at least: an image that says nothing of its tokens counts one
-    num_samples: int
-    max_tokens: int | None
-    seed: int | None
-    temperature: float
-    top_k: int
-    top_p: float
-    stop: tuple[int, ...] | tuple[str, ...] | None
-    prompt_logprobs: bool
-    topk_prompt_logprobs: int
-    topk_sample_logprobs: int
-
-    @classmethod
-    def read(cls, fields: Fields) -> Sample:
-        _refuse_what_is_not_offered(fields)
-        params = fields.optional_child("sampling_params") or Fields({}, "sampling_params")
-        prompt, images = _read_prompt(fields.child("prompt"))
-        session = fields.optional_text("sampling_session_id")
-        top_k = params.optional_integer("top_k", least=-1, most=_INT32)
-        return cls(
-            sampling_session_id=session,
-            seq_id=fields.integer("seq_id", least=0) if session is not None else None,
-            base_model=fields.optional_text("base_model"),
-            model_path=fields.optional_text("model_path", longest=2048),
-            prompt=prompt.tobytes(),
-            images=images,
-            prompt_length=len(prompt) + sum(i.expected_tokens or 1 for i in images),
-            num_samples=fields.optional_integer("num_samples", least=1, most=MOST_SAMPLES) or 1,
-            max_tokens=params.optional_integer("max_tokens", least=1, most=_INT32),
-            seed=params.optional_integer("seed", most=2**64 - 1),
-            temperature=params.number("temperature", 1.0, least=0.0),
-            top_k=-1 if top_k is None else top_k,
-            top_p=_read_top_p(params),
-            stop=_read_stop(params),
-            prompt_logprobs=fields.flag("prompt_logprobs", False),
-            topk_prompt_logprobs=fields.optional_integer("topk_prompt_logprobs", least=0, most=_INT32) or 0,
-            topk_sample_logprobs=fields.optional_integer("topk_sample_logprobs", least=0, most=_INT32) or 0,
-        )
-
-
-def _refuse_what_is_not_offered(fields: Fields) -> None:
-    for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "prompt_logprobs_last_n"):
-        if fields.raw(name):
-            raise fields.error(name, "is not offered by this server; leave it out")
-    if fields.raw("record_stability_info"):
-        raise fields.error(
-            "record_stability_info", "is not offered by this server; create the sampling client without it"
-        )
-
-
-def _read_prompt(prompt: Fields) -> tuple[np.ndarray, tuple[ImageChunk, ...]]:
-    parts: list[np.ndarray] = []
-    images: list[ImageChunk] = []
-    for index, item in enumerate(prompt.array("chunks")):
-        chunk = Fields(item, f"prompt.chunks[{index}]")
-        kind = chunk.raw("type") or "encoded_text"
-        if kind == "image":
-            images.append(_read_image(chunk, index, sum(map(len, parts))))
-            continue
-        if kind != "encoded_text":
-            raise chunk.error(
-                "type", f"{kind!r} is not offered by this server; use 'encoded_text' or 'image'"
-            )
-        tokens = chunk.array("tokens")
-        try:
-            part = np.asarray(tokens if tokens else [], dtype=np.int64 if not tokens else None)
-        except (ValueError, OverflowError):
-            part = np.zeros((0, 0))
-        if part.ndim != 1 or part.dtype.kind != "i" or (part.size and not _are_token_ids(part)):
-            raise chunk.error("tokens", f"must be token ids: integers from 0 to {_INT32}")
-        parts.append(part.astype(np.int32))
-    whole = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-    if not whole.size and not images:
-        raise WireError("prompt", "has no tokens; it must have at least one")
-    return whole, tuple(images)
-
-
-def _read_image(chunk: Fields, index: int, at: int) -> ImageChunk:
-    data = chunk.raw("data")
-    if not isinstance(data, str):
-        raise chunk.error("data", "must be a text: the image's bytes in base64")
-    try:
-        raw = base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise chunk.error("data", "is no base64") from None
-    size = chunk.optional_child("override_dimensions")
-    form = chunk.raw("format")
-    return ImageChunk(
-        index,
-        at,
-        raw,
-        form if isinstance(form, str) else "",
-        chunk.optional_integer("expected_tokens", least=0, most=_INT32),
-        (size.integer("width", least=1, most=_INT32), size.integer("height", least=1, most=_INT32))
-        if size is not None
-        else None,
-    )
-
-
-def _are_token_ids(part: np.ndarray) -> bool:
-    return bool(part.min() >= 0 and part.max() <= _INT32)
-
-
-def _read_top_p(params: Fields) -> float:
-    top_p = params.number("top_p", 1.0, most=1.0)
-    if top_p <= 0.0 or math.isnan(top_p):
-        raise params.error("top_p", f"must be greater than 0 and at most 1, not {top_p:g}")
-    return top_p
-
-
-def _read_stop(params: Fields) -> tuple[int, ...] | tuple[str, ...] | None:
-    stop = params.raw("stop")
-    if stop is None:
-        return None
-    if isinstance(stop, str):
-        stop = [stop]
-    if isinstance(stop, list):
-        if all(isinstance(item, str) and item for item in stop):
-            return tuple(stop)
-        if all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= _INT32 for item in stop):
-            return tuple(stop)
-    raise params.error("stop", "must be a text, a list of texts, or a list of token ids (none of them empty)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The protobuf answer to a sample request."""
+"""What a sample request asks of its prompt, and the protobuf answer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,45 @@ EMPTY_TOKEN, EMPTY_LOGPROB = 0, -99999.0  # what stands in a top-k cell that has
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """token_ids int32 [length, k] and logprobs float32 [length, k]."""
+    """token_ids int32 (int64 for draws) [length, k] and logprobs float32 [length, k]."""
 
-    token_ids: npt.NDArray[np.int32]
+    token_ids: npt.NDArray[np.int32] | npt.NDArray[np.int64]
     logprobs: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTargets:
+    """Token ids to score at prompt positions: cell [i, j] of a [rows, columns] matrix at position i + 1,
+    nothing where it is -1. `ids`, and for a CSR matrix `crow` and `col`, are int64 as bytes; without those
+    two `ids` are all cells, row by row."""
+
+    rows: int
+    columns: int
+    ids: bytes
+    crow: bytes | None = None
+    col: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetLogprobs:
+    """Logprobs of the ids that a request names, in the layout that it has: `values` are all cells of `shape`,
+    row by row, or, with `crow` and `col` (int64 as bytes), those that a CSR tensor lists."""
+
+    values: npt.NDArray[np.float32]
+    shape: tuple[int, int]
+    crow: bytes | None = None
+    col: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptAnswers:
+    """What a request asked of its prompt of n tokens. logprobs float32 [n], NaN where there is none;
+    topk [n, k], EMPTY_TOKEN and EMPTY_LOGPROB where there is none; drawn [n - 1, k], int64 ids."""
+
+    logprobs: npt.NDArray[np.float32] | None = None
+    topk: TopK | None = None
+    targets: TargetLogprobs | None = None
+    drawn: TopK | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +67,8 @@ class Sampled:
     topk: TopK | None = None
 
 
-def encode_response(
-    sequences: Sequence[Sampled],
-    prompt_logprobs: npt.NDArray[np.float32] | None = None,
-    topk_prompt: TopK | None = None,
-    cached_tokens: int = 0,
-) -> bytes:
-    """A SampleResponse; `prompt_logprobs` has NaN where there is none."""
+def encode_response(sequences: Sequence[Sampled], prompt: PromptAnswers, cached_tokens: int = 0) -> bytes:
+    """A SampleResponse."""
     message = pb.SampleResponse(prompt_cache_hit_tokens=cached_tokens)
     for sequence in sequences:
         entry = message.sequences.add(
@@ -48,10 +78,25 @@ def encode_response(
         )
         if sequence.topk is not None:
             _fill(entry.topk_sampled_logprobs, sequence.topk)
-    if prompt_logprobs is not None:
-        message.prompt_logprobs = prompt_logprobs.astype("<f4").tobytes()
-    if topk_prompt is not None:
-        _fill(message.topk_prompt_logprobs, topk_prompt)
+    if prompt.logprobs is not None:
+        message.prompt_logprobs = prompt.logprobs.astype("<f4").tobytes()
+    if prompt.topk is not None:
+        _fill(message.topk_prompt_logprobs, prompt.topk)
+    if (targets := prompt.targets) is not None:
+        tensor = message.target_prompt_logprobs
+        tensor.dtype, tensor.shape[:] = pb.DTYPE_FLOAT32, targets.shape
+        values = targets.values.astype("<f4").tobytes()
+        if targets.crow is None:
+            tensor.dense = values
+        else:
+            tensor.sparse_csr.values = values
+            tensor.sparse_csr.crow_indices, tensor.sparse_csr.col_indices = targets.crow, targets.col or b""
+    if (drawn := prompt.drawn) is not None:
+        for tensor, values, dtype in (
+            (message.prompt_alt_tokens.tokens, drawn.token_ids.astype("<i8").tobytes(), pb.DTYPE_INT64),
+            (message.prompt_alt_tokens.logprobs, drawn.logprobs.astype("<f4").tobytes(), pb.DTYPE_FLOAT32),
+        ):
+            tensor.dtype, tensor.shape[:], tensor.dense = dtype, drawn.token_ids.shape, values
     data: bytes = message.SerializeToString()
     return data
 

@@ -16,6 +16,7 @@ from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith.wire.compression import decompress
 from tinsmith.wire.errors import WireError
 from tinsmith.wire.images import ImageChunk
+from tinsmith.wire.tensors import csr_problem
 
 _DTYPES: dict[int, type[np.generic]] = {
     pb.DTYPE_FLOAT32: np.float32,
@@ -166,18 +167,9 @@ def _tensor(message: pb.Tensor, where: str) -> Array:
     if len(shape) != 2:
         raise ContentError(f"{where} is sparse, so its shape must be [rows, columns], not {list(shape)}")
     rows, columns = shape
-    valid = (
-        crow.size == rows + 1
-        and (crow.size == 0 or crow[0] == 0)
-        and bool((np.diff(crow) >= 0).all())
-        and int(crow[-1] if crow.size else 0) == col.size == values.size
-        and (col.size == 0 or (int(col.min()) >= 0 and int(col.max()) < columns))
-    )
-    if not valid:
-        raise ContentError(
-            f"{where}: not a CSR tensor of shape {list(shape)}: {crow.size} row pointers, {col.size} "
-            f"columns, {values.size} values"
-        )
+    problem = csr_problem(rows, columns, crow, col, values.size)
+    if problem:
+        raise ContentError(f"{where}: {problem}")
     if rows * columns > 1 << 28:
         raise ContentError(f"{where}: shape {list(shape)} has more than 2^28 cells")
     dense = np.zeros((rows, columns), dtype=values.dtype)
