@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import zstandard
 
 from tests.harness import KEY, MODEL, Raw, Server, detail, training_body, wait_for
+from tinsmith.wire import tinsmith_pb2 as pb
 
 LIMIT = 300_000
 
@@ -135,7 +137,7 @@ def test_status_is_for_administrators(server: Server, raw: Raw) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "nothing"), ("POST", "healthz"), ("GET", "optim_step"), ("POST", "forward")]
+    ("method", "path"), [("GET", "nothing"), ("POST", "healthz"), ("GET", "optim_step"), ("POST", "backward")]
 )
 def test_an_unknown_route_is_a_404_with_a_detail(raw: Raw, method: str, path: str) -> None:
     answer = raw.http.request(method, path)
@@ -399,6 +401,52 @@ def test_results_are_protobuf_for_passes_and_samples_and_json_for_all_else(raw: 
     assert stepped.headers["content-type"] == "application/json"
 
 
+def test_an_old_clients_json_gets_the_same_numbers_as_protobuf(raw: Raw, run: str) -> None:
+    """As SDKs before 0.27 ask, and as those before 0.19 read."""
+    tokens = list(range(8))
+    datum = {
+        "model_input": {"chunks": [{"type": "encoded_text", "tokens": tokens}]},
+        "loss_fn_inputs": {
+            "target_tokens": {"data": [t + 1 for t in tokens], "dtype": "int64", "shape": [8]},
+            "weights": {"data": [1.0] * 8, "dtype": "float32", "shape": [8]},
+        },
+    }
+    given = {"data": [datum], "loss_fn": "cross_entropy"}
+    results = []
+    for seq_id, (path, field) in enumerate(
+        [("forward", "forward_input"), ("forward_backward", "forward_backward_input")], 1
+    ):
+        body = {"model_id": run, "seq_id": seq_id, field: given}
+        body = {"request_id": raw.ok(path, body)["request_id"]}
+        answer = raw.post("retrieve_future", body, headers={"Accept": "application/json"})
+        results.append(answer.json())
+        assert set(results[-1]) == {"loss_fn_output_type", "loss_fn_outputs", "metrics"}
+    new = pb.ForwardBackwardOutput.FromString(raw.result(raw.forward_backward(run, 3))["protobuf"])
+    values = np.frombuffer(new.loss_fn_outputs[0].fields["logprobs"].data, "<f4").tolist()
+    for result in results:
+        assert result["loss_fn_outputs"] == [{"logprobs": {"data": values, "dtype": "float32", "shape": [8]}}]
+        assert result["metrics"] == dict(new.metrics)
+    broken = {"model_id": run, "seq_id": 4, "forward_input": {"data": [5], "loss_fn": "cross_entropy"}}
+    failure = raw.result(raw.ok("forward", broken)["request_id"])
+    assert (failure["category"], failure["error"].startswith("data[0]")) == ("user", True)
+    assert raw.post("forward", {"seq_id": 5}).status_code == 400
+    assert "error" not in raw.result(raw.optim(run, 5))
+
+
+def test_an_old_client_reads_samples_as_json(raw: Raw) -> None:
+    body = {**SAMPLE, "prompt_logprobs": True, "topk_prompt_logprobs": 2, "num_samples": 2}
+    body["sampling_params"] = {"max_tokens": 3, "seed": 1, "stop": []}
+    promise = raw.ok("asample", body)["request_id"]
+    answer = raw.post("retrieve_future", {"request_id": promise}, headers={"Accept": "application/json"})
+    result = answer.json()
+    assert [len(each["tokens"]) for each in result["sequences"]] == [3, 3]
+    assert [len(each["logprobs"]) for each in result["sequences"]] == [3, 3]
+    assert {each["stop_reason"] for each in result["sequences"]} == {"length"}
+    assert result["prompt_logprobs"][0] is None
+    assert [row and len(row) for row in result["topk_prompt_logprobs"]] == [None, 2, 2]
+    assert result["topk_prompt_logprobs"][1][0][1] >= result["prompt_logprobs"][1]
+
+
 def test_a_sampling_clients_completions_can_be_asked_for_together(small: Raw) -> None:
     sampling = {"session_id": small.session(), "sampling_session_seq_id": 0, "base_model": MODEL}
     sampler = small.ok("create_sampling_session", sampling)["sampling_session_id"]
@@ -437,7 +485,7 @@ def test_client_config_has_every_field_that_the_sdk_knows(raw: Raw) -> None:
     from tinker.types import ClientConfigResponse, ClientDynamicConfigResponse
 
     config = raw.ok("client/config", {"sdk_version": "0.38.0"})
-    assert set(config) == set(ClientConfigResponse.model_fields)
+    assert set(config) >= set(ClientConfigResponse.model_fields)
     assert config["parallel_fwdbwd_chunks"]
     assert config["proto_compress_fwdbwd"]
     assert not config["sample_use_retrieve_futures"]

@@ -30,6 +30,7 @@ _ROUTES = [
     # Training
     route("create_model", training.create_model),
     route("get_info", training.get_info),
+    route("forward", training.forward),
     route("forward_backward", training.forward_backward),
     route("optim_step", training.optim_step),
     route("save_weights", training.save_weights),

@@ -3,17 +3,25 @@ that was lost is a 410, and a result that is not there yet is held back and then
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.responses import Response
 
-from tinsmith.service.futures import Failure, Lost, Outcome, Pending
+from tinsmith.service.futures import Failure, Lost, Outcome, Pending, Result
+from tinsmith.service.sampling import is_sample
 from tinsmith.wire.requests import RetrieveFutures
+from tinsmith.wire.results_json import pass_as_json, sample_as_json
 
 from .http import PROTOBUF, Call, error_response, json_response
 
 
 async def retrieve(call: Call) -> Response:
     request_id = (await call.fields()).text("request_id")
-    return _answer(request_id, await call.service.outcome(call.caller, request_id))
+    outcome = await call.service.outcome(call.caller, request_id)
+    if isinstance(outcome, Result) and isinstance(outcome.payload, bytes) and call.wants_json:
+        as_json = sample_as_json if is_sample(request_id) else pass_as_json
+        outcome = Result(await asyncio.to_thread(as_json, outcome.payload))
+    return _answer(request_id, outcome)
 
 
 def _answer(request_id: str, outcome: Outcome | Pending) -> Response:

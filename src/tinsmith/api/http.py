@@ -58,6 +58,16 @@ class Call:
     def path(self, name: str) -> str:
         return str(self.request.path_params[name])
 
+    @property
+    def media_type(self) -> str:
+        return self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    @property
+    def wants_json(self) -> bool:
+        """Whether the client reads JSON alone, as SDKs before 0.19 do."""
+        accept = self.request.headers.get("accept", "")
+        return "application/json" in accept and PROTOBUF not in accept and "*/*" not in accept
+
     def page(self, limit: int = 20, most: int = 1000) -> tuple[int, int]:
         """The limit and the offset of a listing."""
         return (

@@ -26,6 +26,10 @@ CLIENT_CONFIG: dict[str, object] = {
     "sample_enable_stuck_detection": True,
     "sample_max_concurrent_requests": 2000,
     "use_pyqwest_transport": True,
+    # Of SDKs before 0.31: passes as protobuf, forward among them, and runs from checkpoints in one call.
+    "proto_write_fwdbwd": True,
+    "fwd_via_fwdbwd": True,
+    "create_model_via_load_weights": True,
     # Implemented, but a client that uses it never hears that a sample was lost in a restart.
     "sample_use_retrieve_futures": False,
     "custom_loss_server_side": False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 
 from starlette.requests import Request
@@ -10,8 +11,9 @@ from starlette.responses import Response
 from tinsmith.service.runs import Receipt
 from tinsmith.wire.compression import MAGIC, decompress_prefix
 from tinsmith.wire.envelope import read_envelope
-from tinsmith.wire.errors import BodyTooLarge
+from tinsmith.wire.errors import BodyTooLarge, WireError
 from tinsmith.wire.requests import Target
+from tinsmith.wire.training_json import read_target, to_protobuf
 
 from .http import Call, json_response
 
@@ -20,9 +22,16 @@ async def create_model(call: Call) -> Response:
     return _receipt(await call.service.training.create_model(call.caller, await call.fields()))
 
 
+async def forward(call: Call) -> Response:
+    """SDKs before 0.27 ask for a forward pass here."""
+    return await _from_json(call, forward_only=True)
+
+
 async def forward_backward(call: Call) -> Response:
     """The body goes on as it came; here it is only found out whose it is. One that is too large but
     says whose it is fails through its future, like everything else that is wrong with its content."""
+    if call.media_type == "application/json":
+        return await _from_json(call, forward_only=False)
     training = call.service.training
     try:
         raw, compressed = await call.raw_body()
@@ -41,6 +50,18 @@ async def forward_backward(call: Call) -> Response:
             "zstd" if compressed else "identity",
         )
     )
+
+
+async def _from_json(call: Call, *, forward_only: bool) -> Response:
+    """A request of an SDK that sends JSON goes on as the protobuf that it would be today."""
+    training = call.service.training
+    target, fields = await asyncio.to_thread(read_target, await call.body())
+    try:
+        body = await asyncio.to_thread(to_protobuf, target, fields, forward_only)
+    except WireError as error:
+        kind = "forward" if forward_only else "forward_backward"
+        return _receipt(await training.refuse(call.caller, target, kind, str(error)))
+    return _receipt(await training.forward_backward(call.caller, target, forward_only, body, "identity"))
 
 
 async def optim_step(call: Call) -> Response:

@@ -33,6 +33,11 @@ class Fields:
         self._values = cast(dict[str, object], value)
         self._where = where
 
+    @property
+    def where(self) -> str:
+        """What errors call this object; nothing for a whole body."""
+        return self._where
+
     def error(self, name: str, problem: str) -> WireError:
         return WireError(f"{self._where}.{name}" if self._where else name, problem)
 

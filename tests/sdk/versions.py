@@ -1,0 +1,53 @@
+"""Other versions of the SDK than the installed one, each in a folder of its own beside the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinsmith" / "sdk"
+
+
+def newest() -> str:
+    """The newest version that the package index has."""
+    report = json.loads(_pip("--dry-run", "--ignore-installed", "--no-deps", "--report", "-", "tinker"))
+    return str(report["install"][0]["metadata"]["version"])
+
+
+def folder_of(version: str) -> Path:
+    """A folder to put on the path for `version`, installed there if it is not yet. Fails where it cannot
+    be had: a version that is not tried must not look like one that passes."""
+    folder = CACHE / version
+    if not (folder / ".complete").exists():
+        _pip("--target", str(folder), "--upgrade", "--no-deps", f"tinker=={version}")
+        missing = [str(need) for need in _needs(folder, version) if not _is_there(need)]
+        if missing:
+            _pip("--target", str(folder), "--upgrade", "--no-deps", *missing)
+        (folder / ".complete").touch()
+    return folder
+
+
+def _needs(folder: Path, version: str) -> list[Requirement]:
+    distribution = metadata.Distribution.at(folder / f"tinker-{version}.dist-info")
+    needs = [Requirement(text) for text in distribution.requires or []]
+    return [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+def _is_there(need: Requirement) -> bool:
+    try:
+        return need.specifier.contains(metadata.version(need.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _pip(*arguments: str) -> str:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"pip could not install {arguments[-1]}:\n{done.stderr}"
+    return done.stdout
