@@ -94,7 +94,8 @@ class Engine:
             for reason in reasons:
                 log.warning("%s: results depend on their company here: %s", name, reason)
         weights = sum(m.nbytes + (CACHE_BYTES if m.vision else 0) for m in self.models.values())
-        self.budget = Budget.split(memory, weights)
+        copies = sum(m.packed_bytes for m in self.models.values())
+        self.budget = Budget.split(memory, weights, copies)
         for model in self.models.values():
             if model.vision is not None:
                 model.vision.most_bytes = self.budget.passes
@@ -102,7 +103,7 @@ class Engine:
         self.runs: dict[str, Run] = {}
         self.snapshots = Snapshots(Path(config.spill_dir))
         self._samplers = {
-            name: Sampler(model, cache_bytes=self.budget.cache // len(self.models))
+            name: Sampler(model, self.budget.cache // len(self.models), copies=self.budget.copies)
             for name, model in self.models.items()
         }
         self._turn: deque[str] = deque()  # runs, the one served longest ago first

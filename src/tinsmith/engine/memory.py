@@ -14,22 +14,29 @@ LEAST = 32 << 20  # bytes beside the base weights, below which there is no use i
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bounds in bytes: training state and sampling snapshots, the key-value cache, one pass's activations."""
+    """Bounds in bytes: training state and sampling snapshots, the key-value cache, one pass's activations.
+
+    `copies` says whether there is room for the copies of weights that sampling is faster with.
+    """
 
     adapters: int
     cache: int
     passes: int
+    copies: bool = True
 
     @classmethod
-    def split(cls, total: int, weights: int) -> Budget:
-        """What `total` leaves beside the base weights. Raises ModelError if that is nothing."""
+    def split(cls, total: int, weights: int, copies: int = 0) -> Budget:
+        """What `total` leaves beside the base weights, and beside `copies` if those are a quarter of it at
+        most. Raises ModelError if that is nothing."""
         left = total - weights
         if left < LEAST:
             raise ModelError(
                 f"the base weights need {weights} bytes and the memory bound is {total}: too little is left "
                 "to train or sample. Serve a smaller model or raise --memory"
             )
-        return cls(adapters=left * 2 // 5, cache=left // 5, passes=left * 2 // 5)
+        copied = copies <= left // 4
+        left -= copies if copied else 0
+        return cls(adapters=left * 2 // 5, cache=left // 5, passes=left * 2 // 5, copies=copied)
 
 
 def available_memory(device: torch.device) -> int:

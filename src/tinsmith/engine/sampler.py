@@ -8,6 +8,7 @@ about a result.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import deque
@@ -90,8 +91,10 @@ class _Sequence:
 class Sampler:
     """All sampling of one base model, with any mix of adapters."""
 
-    def __init__(self, model: BaseModel, cache_bytes: int) -> None:
+    def __init__(self, model: BaseModel, cache_bytes: int, *, copies: bool = True) -> None:
+        """copies: whether to make copies of the weights that sampling is faster with, when it begins."""
         self.model = model
+        self.copies = copies
         self.states: StatePool | CachePool | None = None
         if model.generic:
             self.states = CachePool(model, RUNNING, cache_bytes)
@@ -134,6 +137,9 @@ class Sampler:
         self.requests[command.request] = request
         # The other samples join when the first has computed the prompt for all.
         request.live.append(_Sequence(request, 0, list(prompt)))
+        if self.copies:
+            self.copies = False
+            self.model.pack()
         self.waiting.append(request.live[0])
 
     @staticmethod
@@ -299,10 +305,12 @@ class Sampler:
                     of_images.append((len(ids), sequence.request.expanded.places(first, count)))
                 ids += sequence.tokens[first : first + count]
                 positions += range(first, first + count)
-            padding = pad_rows(len(ids)) - len(ids)
-            ids += [0] * padding
-            positions += [0] * padding
-            segments.append(Segment(start, len(ids), members[0][0].request.weights))
+            stop = len(ids)
+            if not self.model.mixes_rows:
+                _pad(ids, positions)
+                stop = len(ids)
+            segments.append(Segment(start, stop, members[0][0].request.weights))
+        _pad(ids, positions)
         device = self.model.device
         attention = PagedAttention(self.pool, chunks, len(ids))
         recurrent: RecurrentBackend | None = None
@@ -344,31 +352,30 @@ class Sampler:
         request = sequence.request
         wanted = request.scores.rows(sequence.computed, count)
         for at in range(wanted.start, wanted.stop, LOGIT_ROWS):
-            part = range(at, min(at + LOGIT_ROWS, wanted.stop))
-            rows = torch.tensor([row + r - sequence.computed for r in part], device=hidden.device)
-            table = self.model.log_softmax(self._logits(hidden, rows, [request.weights] * len(part)))
+            rows = [row + r - sequence.computed for r in range(at, min(at + LOGIT_ROWS, wanted.stop))]
+            table = self.model.log_softmax(self._logits(hidden, rows, [request.weights] * len(rows)))
             request.scores.take(at, table)
 
     def _logits(
-        self, hidden: torch.Tensor, rows: torch.Tensor, weights: Sequence[AdapterWeights | None]
+        self, hidden: torch.Tensor, rows: Sequence[int], weights: Sequence[AdapterWeights | None]
     ) -> torch.Tensor:
         """Logits of some rows; rows of one adapter stand together."""
-        index: list[torch.Tensor] = []
+        index: list[int] = []
         keep: list[int] = []
         segments: list[Segment] = []
-        at = size = 0
-        while at < len(weights):
-            stop = at + 1
-            while stop < len(weights) and weights[stop] is weights[at]:
-                stop += 1
-            count = stop - at
-            padded = pad_rows(count)
-            index.append(torch.nn.functional.pad(rows[at:stop], (0, padded - count), value=int(rows[at])))
-            keep += range(size, size + count)
-            segments.append(Segment(size, size + padded, weights[at]))
-            at, size = stop, size + padded
-        logits = self.model.logits(hidden[torch.cat(index)], Pass(segments))
-        return logits if len(keep) == size else logits[torch.tensor(keep, device=logits.device)]
+        at = 0
+        for _, group in itertools.groupby(zip(rows, weights, strict=True), key=lambda pair: id(pair[1])):
+            members = [row for row, _ in group]
+            keep += range(len(index), len(index) + len(members))
+            start = len(index)
+            index += members
+            if not self.model.mixes_rows:
+                _pad(index)
+            segments.append(Segment(start, len(index), weights[at]))
+            at += len(members)
+        _pad(index)
+        logits = self.model.logits(hidden[torch.tensor(index, device=hidden.device)], Pass(segments))
+        return logits if len(keep) == len(index) else logits[torch.tensor(keep, device=logits.device)]
 
     def _extend(self, ready: Sequence[tuple[_Sequence, int]], hidden: torch.Tensor) -> None:
         """Sample the next token of every ready sequence, and the first one of its siblings."""
@@ -380,8 +387,7 @@ class Sampler:
             for sibling in self._siblings(sequence):
                 members.append(sibling)
                 source.append(i)
-        rows = torch.tensor([row for _, row in ready], device=hidden.device)
-        logits = self._logits(hidden, rows, [s.request.weights for s, _ in ready])
+        logits = self._logits(hidden, [row for _, row in ready], [s.request.weights for s, _ in ready])
         for at in range(0, len(members), LOGIT_ROWS):
             part = members[at : at + LOGIT_ROWS]
             params = [s.request.command.params for s in part]
@@ -488,6 +494,12 @@ class Sampler:
             "sample": count,
         }
         return Done(encode_response(sampled, request.scores.answers(), request.cached), usage)
+
+
+def _pad(*rows: list[int]) -> None:
+    """Fill up to a number of rows that changes no bit of a product."""
+    for values in rows:
+        values += [0] * (pad_rows(len(values)) - len(values))
 
 
 def _check_tokens(model: BaseModel, text: npt.NDArray[np.int64]) -> None:

@@ -1,5 +1,5 @@
-"""The CPU kernels (attention.cpp, elementwise.cpp, lora.cpp): built once on this machine with its own C++
-compiler, kept in the user's cache folder, and spoken to through ctypes.
+"""The CPU kernels (the .cpp files beside this): built once on this machine with its own C++ compiler,
+kept in the user's cache folder, and spoken to through ctypes.
 
 Where there is no compiler, or no vector unit that it is written for, `library()` is None and the torch path
 does the same work more slowly. TINSMITH_KERNELS=off asks for that.
@@ -22,8 +22,9 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("attention.cpp", "elementwise.cpp", "lora.cpp")]
-_HEADERS = [Path(__file__).with_name("vector.h")]
+_HERE = Path(__file__).parent
+_SOURCES = [_HERE / name for name in ("attention.cpp", "elementwise.cpp", "linear.cpp", "lora.cpp")]
+_HEADERS = [_HERE / name for name in ("product.h", "vector.h")]
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
 
 

@@ -3,28 +3,16 @@
 //
 // Every element of a result is one chain of dot products of pairs, in the order of the summed dimension, kept in
 // fp32 and rounded once. So it depends neither on how many rows share a call nor on which.
-//
-// "Pairs" [K/2][N] hold a matrix [K][N] of bf16 with rows 2k and 2k+1 interleaved: a vector register is then
-// 16 columns of two rows, which is what the instruction multiplies with two neighbouring numbers of the other side.
 
-#include <cstdint>
-#include <cstdlib>
+#include "product.h"
+
 #include <vector>
-#include <algorithm>
-#include <immintrin.h>
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if TINSMITH_PAIRS
 
 namespace {
 
-using u16 = uint16_t;
-using u32 = uint32_t;
-constexpr int W = 16;  // columns of a register
-
-inline __m512 dot(__m512 sum, __m512i pairs, __m512i spread) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)spread, (__m512bh)pairs);
-}
-inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+constexpr int W = LANES;
 
 // y[ROWS][COLS * 16] = (add ? y : 0) + x[ROWS][k] * w, pairs of `stride` columns; the last vector has `mask`.
 template <int ROWS, int COLS>

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tinsmith.engine.kernels import elementwise
+from tinsmith.engine.kernels import elementwise, linear
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.errors import ModelError
 from tinsmith.engine.model.experts import expert_slots, experts_forward
@@ -308,6 +308,37 @@ class BaseModel:
             self._text.set_attn_implementation("eager" if self.generic else "tinsmith")
         hidden: Tensor = out.last_hidden_state
         return hidden[0]
+
+    @property
+    def packed_bytes(self) -> int:
+        """What `pack` would take, beside the weights themselves."""
+        return sum(linear.packed_bytes(m.weight) for m in self._packable())
+
+    def pack(self) -> None:
+        """Keep copies of the weights as the CPU kernel for few rows reads them, where it has the bits of the
+        product that training takes."""
+        depths: dict[tuple[int, int, bool], int] = {}
+        for module in self._packable():
+            shape = module.out_features, module.in_features, module.bias is not None
+            if shape not in depths:
+                depths[shape] = linear.find_depth(module.weight, module.bias)
+            if depths[shape] and module.packed is None:
+                module.pack(depths[shape])
+
+    def _packable(self) -> list[LoraLinear]:
+        if not linear.usable(self.device, self.dtype) or not self.mixes_rows:
+            return []
+        return [m for m in self.module.modules() if isinstance(m, LoraLinear)]
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether rows of different adapters may stand side by side, without padding between them: all of
+        their products are the kernel's, which takes each row by itself."""
+        return (
+            not self.apart
+            and linear.usable(self.device, self.dtype)
+            and all(not s.experts and s.in_features % 2 == s.out_features % 2 == 0 for s in self.slots)
+        )
 
     def new_state(self) -> Any:
         """An empty cache of transformers' own class, for the states of recurrent layers."""

@@ -17,16 +17,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.engine.commands import LoraSpec
+from tinsmith.engine.kernels import linear
 from tinsmith.engine.kernels import lora as kernel
 from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.packing import Pass, Segment, current_pass
 
 Group = Literal["attn", "mlp", "unembed"]
+PACKED_ROWS = 128  # rows of a pass up to which the packed weights are taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,7 @@ class AdapterWeights:
     alpha / rank folded into B. Immutable: an optimizer step makes new ones.
     """
 
-    __slots__ = ("__weakref__", "_a", "_b", "_packed", "nbytes", "serial")
+    __slots__ = ("__weakref__", "_a", "_b", "_packed", "_tables", "nbytes", "serial")
     _serials = itertools.count(1)
 
     def __init__(self, layout: Layout, flat: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -123,6 +127,7 @@ class AdapterWeights:
     def _fill(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         self._a, self._b = a, b
         self._packed: dict[tuple[str, bool], kernel.Packed | None] = {}
+        self._tables: dict[tuple[str, ...], npt.NDArray[np.int64]] = {}
         self.nbytes = sum(x.numel() * x.element_size() for x in (*a.values(), *b.values()))
         self.serial = next(AdapterWeights._serials)  # identity that is never used again, unlike id()
 
@@ -158,6 +163,19 @@ class AdapterWeights:
             self._packed[key] = made
         return self._packed[key]
 
+    def table(self, names: tuple[str, ...]) -> npt.NDArray[np.int64]:
+        """What linear.cpp wants to know of these slots: [names, 3], the addresses of both packed matrices and
+        the padded rank; zeros where a slot is not trained. All matrices must suit it (`packable`)."""
+        found = self._tables.get(names)
+        if found is None:
+            found = np.zeros((len(names), 3), np.int64)
+            for i, name in enumerate(names):
+                packed = self.packed(name, backward=False) if name in self._a else None
+                if packed is not None:
+                    found[i] = packed.first.data_ptr(), packed.second.data_ptr(), len(self._a[name])
+            self._tables[names] = found
+        return found
+
 
 class Gradients:
     """fp32 gradients of one request (or one run): a flat buffer beside the adapter's."""
@@ -183,32 +201,40 @@ class Gradients:
         b.addmm_(dy.float().T, h[:, : self.rank].float(), alpha=self.scale)
 
 
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, segments: Sequence[Segment]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The output, and A x of every segment and part, None where there is no adapter."""
+    y = F.linear(x, weight, bias)
+    hidden: list[Tensor | None] = []
+    chains: list[kernel.Chain] = []
+    by_kernel = kernel.usable(x)
+    for segment in segments:
+        rows = x[segment.start : segment.stop]
+        for name, columns in parts:
+            weights = segment.weights
+            ab = weights.get(name) if weights is not None else None
+            if weights is None or ab is None:
+                hidden.append(None)
+                continue
+            out = y[segment.start : segment.stop, columns]
+            packed = weights.packed(name, backward=False) if by_kernel else None
+            if packed is None:
+                h = F.linear(rows, ab[0])
+                out += F.linear(h, ab[1])
+            else:
+                h = x.new_empty(len(rows), len(ab[0]))
+                chains.append(kernel.Chain(rows, packed, h, out))
+            hidden.append(h)
+    if chains:
+        kernel.run(chains)
+    return y, hidden
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, this: Pass) -> Tensor:
-        y = F.linear(x, weight, bias)
-        hidden: list[Tensor | None] = []
-        chains: list[kernel.Chain] = []
-        by_kernel = kernel.usable(x)
-        for segment in this.segments:
-            rows = x[segment.start : segment.stop]
-            for name, columns in parts:
-                weights = segment.weights
-                ab = weights.get(name) if weights is not None else None
-                if weights is None or ab is None:
-                    hidden.append(None)
-                    continue
-                out = y[segment.start : segment.stop, columns]
-                packed = weights.packed(name, backward=False) if by_kernel else None
-                if packed is None:
-                    h = F.linear(rows, ab[0])
-                    out += F.linear(h, ab[1])
-                else:
-                    h = x.new_empty(len(rows), len(ab[0]))
-                    chains.append(kernel.Chain(rows, packed, h, out))
-                hidden.append(h)
-        if chains:
-            kernel.run(chains)
+        y, hidden = _forward(x, weight, bias, parts, this.segments)
         ctx.save_for_backward(x, weight, *[h for h in hidden if h is not None])
         ctx.has, ctx.parts, ctx.this = [h is not None for h in hidden], parts, this
         return y
@@ -263,6 +289,23 @@ def _plain_backward(x: Tensor, dy: Tensor, dx: Tensor, h: Tensor, segment: Segme
 Parts = Sequence[tuple[str, slice]]  # (slot name, columns of the output) of what a layer fuses
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A layer's weight for passes without gradients, part by part, and the slot of each ("" for none)."""
+
+    names: tuple[str, ...]
+    matrices: list[linear.Matrix]
+
+    def where(self, segments: Sequence[Segment], rows: int) -> linear.Segments:
+        return linear.segments(
+            [
+                (s.start, min(s.stop, rows), s.weights.table(self.names))
+                for s in segments
+                if s.weights is not None
+            ]
+        )
+
+
 class LoraLinear(nn.Module):
     """A frozen linear layer that applies each row's own adapters: one slot, or one for every part of the
     output, in order, where the model fuses several projections."""
@@ -278,6 +321,18 @@ class LoraLinear(nn.Module):
         for slot in slots:
             self.parts.append((slot.name, slice(at, at + slot.out_features)))
             at += slot.out_features
+        self.packed: Packed | None = None
+
+    def pack(self, depth: int) -> None:
+        """Keep a copy of the weight that makes passes without gradients faster; see linear.find_depth."""
+        cuts = [(name, columns.start, columns.stop) for name, columns in self.parts]
+        if not cuts or cuts[-1][2] < self.out_features:  # what is behind the parts has no adapter
+            cuts.append(("", cuts[-1][2] if cuts else 0, self.out_features))
+        matrices = [
+            linear.pack(self.weight[a:b], None if self.bias is None else self.bias[a:b], depth)
+            for _, a, b in cuts
+        ]
+        self.packed = Packed(tuple(name for name, _, _ in cuts), matrices)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., rows, in] of the current pass's rows -> [..., rows, out]."""
@@ -287,7 +342,13 @@ class LoraLinear(nn.Module):
         flat = x.reshape(-1, self.in_features)
         if this.places is not None:
             flat = flat.index_select(0, this.places.of_rows)
-        y: Tensor = _LoraLinear.apply(flat, self.weight, self.bias, self.parts, this)
+        y: Tensor
+        if torch.is_grad_enabled():
+            y = _LoraLinear.apply(flat, self.weight, self.bias, self.parts, this)
+        elif self.packed is not None and len(flat) <= PACKED_ROWS:
+            y = linear.run(flat, self.packed.matrices, self.packed.where(this.segments, len(flat)))
+        else:
+            y, _ = _forward(flat, self.weight, self.bias, self.parts, this.segments)
         if this.places is not None:
             y = y.index_select(0, this.places.of_batch)
         return y.view(*x.shape[:-1], self.out_features)
