@@ -356,14 +356,45 @@ def test_a_token_that_the_model_does_not_know_fails_the_sample(raw: Raw) -> None
     assert failure["category"] == "user"
 
 
-def test_an_inflight_sampler_is_refused(raw: Raw, run: str) -> None:
-    body = {"model_id": run, "seq_id": 1, "sampling_session_seq_id": 0, "kind": "inflight"}
-    assert "kind" in raw.result(raw.ok("save_weights_for_sampler", body)["request_id"])["error"]
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"kind": "mutable"}, "kind: must be 'snapshot' or 'inflight'"),
+        ({"kind": "inflight", "path": "x"}, "path: does not go with kind 'inflight'"),
+        ({"kind": "inflight", "ttl_seconds": 3600}, "ttl_seconds: does not go with kind 'inflight'"),
+    ],
+)
+def test_a_sampler_save_that_cannot_be_names_the_field(
+    raw: Raw, run: str, change: dict[str, object], says: str
+) -> None:
+    body = {"model_id": run, "seq_id": 1, "sampling_session_seq_id": 0, **change}
+    assert says in raw.result(raw.ok("save_weights_for_sampler", body)["request_id"])["error"]
 
 
 def test_a_context_suffix_of_a_models_name_is_understood(raw: Raw) -> None:
     promise = raw.ok("asample", {**SAMPLE, "base_model": f"{MODEL}:peft:512"})
     assert "protobuf" in raw.result(promise["request_id"])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "says"),
+    [
+        (":peft:513", "asks for a context of 513 tokens; tests/tiny has 512"),
+        (":peft:", "must be tests/tiny or tests/tiny:peft:TOKENS"),
+        (":peft:-1", "must be"),
+        (":peft:1e3", "must be"),
+        (":peft:99999999999999999999", "must be"),
+        (":full", "must be"),
+        (":", "must be"),
+    ],
+)
+def test_a_context_that_the_model_has_not_is_refused(raw: Raw, suffix: str, says: str) -> None:
+    name = f"{MODEL}{suffix}"
+    create = {"session_id": raw.session(), "model_seq_id": 0, "base_model": name, "lora_config": {"rank": 4}}
+    for path, body in (("asample", {**SAMPLE, "base_model": name}), ("create_model", create)):
+        answer = raw.post(path, body)
+        assert answer.status_code == 400
+        assert says in detail(answer)
 
 
 # Waiting

@@ -11,7 +11,7 @@ import tinker
 import torch
 from tinker import types
 
-from tests.harness import KEY, MODEL, Server, wait_for
+from tests.harness import KEY, MODEL, Server, datum, wait_for
 
 TOKENS = [(7 * i) % 256 for i in range(100)]
 PROMPT = types.ModelInput.from_ints(TOKENS)
@@ -183,3 +183,49 @@ def test_an_abandoned_sample_stops(make_server: Callable[..., Server]) -> None:
         wait_for(lambda: pending() > 0, what="the sample to begin")
         assert future.future().cancel()
         wait_for(lambda: pending() == 0, 5.0, "the sample to be dropped")
+
+
+def test_a_long_context_id_names_its_model(client: tinker.ServiceClient) -> None:
+    training = client.create_lora_training_client(f"{MODEL}:peft:256", rank=4).result()
+    training.forward([datum()], "cross_entropy").result()
+    assert training.get_tokenizer().encode("a")
+    sampler = client.create_sampling_client(base_model=f"{MODEL}:peft:512").result()
+    assert sampler.sample(PROMPT, 1, ONE).result().sequences
+    path = training.save_state("long").result().path
+    again = client.create_training_client_from_state(path, base_model=f"{MODEL}:peft:512").result()
+    again.forward([datum()], "cross_entropy").result()
+
+
+def test_inflight_samplers_of_a_run_share_its_newest_weights(client: tinker.ServiceClient) -> None:
+    """Old and new ones alike; a snapshot taken beside them stays as it is."""
+    training = client.create_lora_training_client(MODEL, rank=4, seed=1).result()
+
+    def train() -> None:
+        training.forward_backward([datum(12)], "cross_entropy")
+        training.optim_step(types.AdamParams(learning_rate=0.1)).result()
+
+    train()
+    older = training.save_weights_and_get_sampling_client(kind="inflight").result()
+    snapshot = training.save_weights_and_get_sampling_client().result()
+    first = older.compute_logprobs(PROMPT).result()
+    assert snapshot.compute_logprobs(PROMPT).result() == first
+    train()
+    newer = training.save_weights_and_get_sampling_client(kind="inflight").result()
+    second = newer.compute_logprobs(PROMPT).result()
+    assert second != first
+    assert older.compute_logprobs(PROMPT).result() == second
+    assert snapshot.compute_logprobs(PROMPT).result() == first
+    assert older._sampling_session_id != newer._sampling_session_id
+
+
+def test_a_sample_under_way_ends_on_the_weights_that_it_began_with_or_newer_ones(
+    client: tinker.ServiceClient,
+) -> None:
+    training = client.create_lora_training_client(MODEL, rank=4, seed=2).result()
+    sampler = training.save_weights_and_get_sampling_client(kind="inflight").result()
+    future = sampler.sample(PROMPT, 4, types.SamplingParams(max_tokens=200, stop=[], seed=1))
+    for _ in range(3):
+        training.forward_backward([datum(12)], "cross_entropy")
+        training.optim_step(types.AdamParams(learning_rate=0.1))
+        training.save_weights_and_get_sampling_client(kind="inflight").result()
+    assert [len(sequence.tokens) for sequence in future.result().sequences] == [200] * 4

@@ -119,7 +119,8 @@ class LoadState:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Freeze the run's weights as sampling weights under the new id `sampler`.
+    """Freeze the run's weights as sampling weights under the id `sampler`. Where that is taken already,
+    samples that come from now on have the new weights.
 
     With `path`, also write them into that new folder, all of it or nothing; without, they live as
     long as the engine and the sampler do. Answers {"size_bytes": int | None}.

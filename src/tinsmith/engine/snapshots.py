@@ -44,6 +44,8 @@ class Snapshots:
     def publish(
         self, name: str, model: BaseModel, layout: Layout, weights: AdapterWeights, folder: str | None
     ) -> None:
+        """A name that is there already gets the new weights: samples under way keep those they began with."""
+        self.release(name)
         self.entries[name] = Snapshot(model, layout, weights, folder)
         if folder is not None:
             self._digests[self._key(folder, model)] = weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,11 +14,12 @@ from tinsmith.engine.commands import EngineClient, ModelInfo
 from tinsmith.settings import Settings
 from tinsmith.store import Connection, Store, WriteFailed
 
-from .errors import NotFound, Unwritable
+from .errors import NotFound, Refused, Unwritable
 
 log = logging.getLogger("tinsmith.service")
 
 T = TypeVar("T")
+_CONTEXT = re.compile(r"peft:([1-9][0-9]{0,11})")
 
 
 @dataclass
@@ -29,11 +31,22 @@ class Context:
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def model(self, name: str) -> ModelInfo:
-        """The served base model called `name`, with or without a context suffix (`NAME:peft:4096`)."""
+        """The served base model called `name`. With a suffix, `NAME:peft:4096`, its context has to hold that
+        many tokens."""
         models = self.engine.info.models
-        info = models.get(name) or models.get(name.split(":", 1)[0])
+        plain, _, suffix = name.partition(":")
+        info = models.get(name) or models.get(plain)
         if info is None:
             raise NotFound(f"base_model: {name[:200]!r} is not served here; served are: {', '.join(models)}")
+        if name not in models:
+            wanted = _CONTEXT.fullmatch(suffix)
+            if wanted is None:
+                raise Refused(f"base_model: {name[:200]!r} must be {plain} or {plain}:peft:TOKENS")
+            if int(wanted[1]) > info.max_context:
+                raise Refused(
+                    f"base_model: {name[:200]!r} asks for a context of {wanted[1]} tokens; {plain} has"
+                    f" {info.max_context} here"
+                )
         return info
 
     async def write(self, work: Callable[[Connection], T]) -> T:

@@ -174,6 +174,10 @@ class StepMaker:
         )
 
     async def _publish_ephemeral(self, seq_id: int, values: dict[str, Any]) -> Step:
+        sampler = values["sampling_session_id"]
+        if values.get("inflight"):
+            # To the engine all inflight samplers of a run are one: a new save replaces the weights of all.
+            sampler = f"inflight-{self.run.id}"
         row = SamplingSessionRow(
             id=values["sampling_session_id"],
             org_id=self.run.org_id,
@@ -181,17 +185,17 @@ class StepMaker:
             created_at=values["created_at"],
             base_model=self.run.base_model,
             model_path=None,
-            sampler=values["sampling_session_id"],
+            sampler=sampler,
             folder=None,
             ephemeral=True,
         )
         if await self.context.store.read(lambda connection: samplers.get(connection, row.id)) is not None:
             raise Refusal(f"sampling_session_seq_id: there is a sampling session {row.id} already")
         return Step(
-            (Publish(self.run.id, seq_id, row.id),),
+            (Publish(self.run.id, seq_id, sampler),),
             answer=lambda _: {"type": "save_weights_for_sampler", "sampling_session_id": row.id},
             commit=lambda connection, _: samplers.add(connection, row),
-            then=lambda _: self.published(row.id),
+            then=lambda _: self.published(sampler),
         )
 
     async def _claim(self, kind: CheckpointKind, name: str, overwrite: bool) -> Callable[[], None]:

@@ -144,7 +144,11 @@ class Training:
             place: object = request.sampling_session_seq_id
             if place is None:
                 place = uuid.uuid4().hex
-            return {**_save_values(request), "sampling_session_id": f"{session_id}:sample:{place}"}
+            return {
+                **_save_values(request),
+                "sampling_session_id": f"{session_id}:sample:{place}",
+                "inflight": request.inflight,
+            }
 
         return await self._submit_values(caller, target, "save_weights_for_sampler", values)
 

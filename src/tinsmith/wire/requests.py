@@ -7,7 +7,7 @@ it is (`Target`), because a request whose content is refused still takes its tur
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .fields import Fields
@@ -157,13 +157,15 @@ class OptimStep:
 
 @dataclass(frozen=True, slots=True)
 class SaveWeights:
-    """A state or a sampler save. `name` None (samplers alone) asks for an ephemeral one."""
+    """A state or a sampler save. `name` None (samplers alone) asks for an ephemeral one; `inflight` for the
+    one that all inflight sampling clients of the run share."""
 
     name: str | None
     ttl_seconds: int | None
     overwrite: bool
     user_metadata: dict[str, str] | None
     sampling_session_seq_id: int | None = None
+    inflight: bool = False
 
     @classmethod
     def read_state(cls, fields: Fields) -> SaveWeights:
@@ -173,11 +175,14 @@ class SaveWeights:
 
     @classmethod
     def read_sampler(cls, fields: Fields) -> SaveWeights:
-        if fields.raw("kind") not in (None, "snapshot"):
-            raise fields.error(
-                "kind", f"{fields.raw('kind')!r} is not offered by this server; use 'snapshot'"
-            )
-        return cls._read(fields)
+        kind = fields.raw("kind")
+        if kind not in (None, "snapshot", "inflight"):
+            raise fields.error("kind", f"must be 'snapshot' or 'inflight', not {kind!r}"[:120])
+        if kind == "inflight":
+            for name in ("path", "ttl_seconds"):
+                if fields.has(name):
+                    raise fields.error(name, "does not go with kind 'inflight'; leave it out")
+        return replace(cls._read(fields), inflight=kind == "inflight")
 
     @classmethod
     def _read(cls, fields: Fields) -> SaveWeights:
