@@ -64,6 +64,10 @@ class Settings:
         default="info", metadata=_about("how much to log", choices=("debug", "info", "warning", "error"))
     )
     root_path: str = field(default="", metadata=_about("path below which a proxy shows the server"))
+    public_url: str = field(
+        default="",
+        metadata=_about("the server's address as its clients see it (default: the one that a request names)"),
+    )
     body_limit: int = field(
         default=256 * 2**20,
         metadata=_about("largest request body, after decompression (256MB)", bytes=True, least=1024),
@@ -96,6 +100,8 @@ class Settings:
                 raise SettingsError(f"model: the name {name!r} is given twice")
         if self.root_path and not self.root_path.startswith("/"):
             raise SettingsError(f"root_path: must begin with a slash, not {self.root_path!r}")
+        if self.public_url and not self.public_url.startswith(("http://", "https://")):
+            raise SettingsError(f"public_url: must begin with http:// or https://, not {self.public_url!r}")
         return self
 
 

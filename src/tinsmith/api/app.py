@@ -11,8 +11,8 @@ from starlette.routing import Mount, Route
 from tinsmith.service.errors import Unauthorized
 from tinsmith.service.service import Service
 
-from . import checkpoints, futures, sampling, service_info, sessions, training
-from .http import authenticate, error_response, route
+from . import checkpoints, external, futures, sampling, service_info, sessions, training
+from .http import authenticate, error_response, route, signed_route
 
 _ROUTES = [
     Route("/api/v1/healthz", service_info.healthz, methods=["GET"]),
@@ -35,6 +35,7 @@ _ROUTES = [
     route("optim_step", training.optim_step),
     route("save_weights", training.save_weights),
     route("save_weights_for_sampler", training.save_weights_for_sampler),
+    route("save_weights_external", training.save_weights_external),
     route("load_weights", training.load_weights),
     # Sampling
     route("create_sampling_session", sampling.create_session),
@@ -56,6 +57,12 @@ _ROUTES = [
     route("training_runs/{run_id}/checkpoints/{checkpoint_id:path}/ttl", checkpoints.set_ttl, method="PUT"),
     route("training_runs/{run_id}/checkpoints/{checkpoint_id:path}", checkpoints.delete, method="DELETE"),
     route("checkpoints", checkpoints.list_all, method="GET"),
+    route(
+        "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/external_weights_urls",
+        external.urls,
+        method="GET",
+    ),
+    signed_route("external_weights/{checkpoint_id}/{file}", external.download, method="GET"),
 ]
 
 

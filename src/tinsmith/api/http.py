@@ -114,17 +114,36 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 Endpoint = Callable[[Call], Awaitable[Response]]
+SignedEndpoint = Callable[[Request, Service], Awaitable[Response]]
 
 
 def route(path: str, endpoint: Endpoint, *, method: str = "POST") -> Route:
     """A route for callers with a key, once the server has started."""
 
+    async def work(request: Request, service: Service) -> Response:
+        caller = await authenticate(request)
+        service.check_open()
+        return await endpoint(Call(request, service, caller))
+
+    return Route(f"/api/v1/{path}", _guarded(work), methods=[method])
+
+
+def signed_route(path: str, endpoint: SignedEndpoint, *, method: str) -> Route:
+    """A route that needs no key: its addresses are signed, and the endpoint checks that."""
+
+    async def work(request: Request, service: Service) -> Response:
+        service.check_open()
+        return await endpoint(request, service)
+
+    return Route(f"/api/v1/{path}", _guarded(work), methods=[method])
+
+
+def _guarded(work: SignedEndpoint) -> Callable[[Request], Awaitable[Response]]:
+    """`work`, with errors as answers."""
+
     async def handle(request: Request) -> Response:
-        service: Service = request.app.state.service
         try:
-            caller = await authenticate(request)
-            service.check_open()
-            return await endpoint(Call(request, service, caller))
+            return await work(request, request.app.state.service)
         except errors.ServiceError as error:
             return error_response(error.detail, _STATUS[type(error)])
         except WireError as error:
@@ -135,7 +154,7 @@ def route(path: str, endpoint: Endpoint, *, method: str = "POST") -> Route:
             log.exception("%s %s failed", request.method, request.url.path)
             return error_response("the server failed; its log says why", 500)
 
-    return Route(f"/api/v1/{path}", handle, methods=[method])
+    return handle
 
 
 async def authenticate(request: Request) -> Caller:

@@ -76,6 +76,10 @@ async def save_weights_for_sampler(call: Call) -> Response:
     return _receipt(await call.service.training.save_weights_for_sampler(call.caller, await call.fields()))
 
 
+async def save_weights_external(call: Call) -> Response:
+    return _receipt(await call.service.training.save_weights_external(call.caller, await call.fields()))
+
+
 async def load_weights(call: Call) -> Response:
     return _receipt(await call.service.training.load_weights(call.caller, await call.fields()))
 

@@ -7,7 +7,7 @@ adapter_config.json        the LoRA settings, the base model, and a digest of th
 optimizer.safetensors      AdamW's moments (training checkpoints; its metadata has the step count)
 gradients.safetensors      accumulated gradients (runs that were put away whole)
 
-A folder appears with all of its files or not at all.
+A folder appears with all of its files or not at all. In one that was encrypted all have the suffix .age.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tinsmith.engine import encryption
 from tinsmith.engine.commands import LoraSpec
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import Layout
@@ -45,9 +47,17 @@ class WriteError(FolderError):
 
 
 def write(
-    path: str, model: BaseModel, layout: Layout, state: State, *, optimizer: bool, gradients: bool
+    path: str,
+    model: BaseModel,
+    layout: Layout,
+    state: State,
+    *,
+    optimizer: bool,
+    gradients: bool,
+    recipients: Sequence[Any] = (),
 ) -> int:
-    """Write a new folder at `path`; returns its size in bytes. Raises FolderError and leaves nothing then."""
+    """Write a new folder at `path`, encrypted to `recipients` if there are any; returns its size in bytes.
+    Raises FolderError and leaves nothing then."""
     target = Path(path)
     if target.exists():
         raise FolderError(f"{path} exists already")
@@ -75,6 +85,8 @@ def write(
             },
         }
         (temporary / CONFIG).write_text(json.dumps(config, indent=2))
+        if recipients:
+            encryption.seal(temporary, recipients)
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
@@ -92,6 +104,11 @@ def write(
 
 def read_spec(path: str, model: BaseModel) -> tuple[LoraSpec, str]:
     """The adapter's settings and digest. Raises FolderError, also if it belongs to another base model."""
+    if (Path(path) / f"{CONFIG}{encryption.SUFFIX}").exists():
+        raise FolderError(
+            "the checkpoint is encrypted to age recipients, and the server has no key of theirs; it can be"
+            " downloaded, and decrypted with age -d"
+        )
     try:
         config = json.loads((Path(path) / CONFIG).read_text())
         own: dict[str, Any] = dict(config["tinsmith"])

@@ -102,6 +102,20 @@ class SaveState:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveExternal:
+    """Write the weights alone into the new folder `path`, for use elsewhere, all of it or nothing.
+
+    With `recipients` (age keys, or SSH public keys) every file is encrypted to them.
+    Answers {"size_bytes": int}.
+    """
+
+    run: str
+    seq_id: int
+    path: str
+    recipients: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LoadState:
     """Replace the run's weights by those in folder `path`; the accumulated gradients are dropped.
 
@@ -225,6 +239,7 @@ Command = (
     | ForwardBackward
     | OptimStep
     | SaveState
+    | SaveExternal
     | LoadState
     | Publish
     | ReleaseRun

@@ -37,9 +37,11 @@ from tinsmith.engine.commands import (
     ReleaseRun,
     ReleaseSampler,
     Sample,
+    SaveExternal,
     SaveState,
 )
 from tinsmith.engine.device import pick_device, pick_dtype
+from tinsmith.engine.encryption import read_recipients
 from tinsmith.engine.exactness import settle
 from tinsmith.engine.memory import LEAST, Budget, available_memory
 from tinsmith.engine.model.attention import PADDING
@@ -325,7 +327,11 @@ class Engine:
                     f"server has {self.budget.passes} for it. Send a shorter sequence or raise --memory"
                 )
 
-    def _execute(self, run: Run, command: OptimStep | SaveState | LoadState | Publish | ReleaseRun) -> Done:
+    def _execute(
+        self,
+        run: Run,
+        command: OptimStep | SaveState | SaveExternal | LoadState | Publish | ReleaseRun,
+    ) -> Done:
         match command:
             case OptimStep():
                 self._bring_back(run)
@@ -336,6 +342,19 @@ class Engine:
                 self._bring_back(run)
                 size = adapter_files.write(
                     command.path, run.model, run.layout, run.live, optimizer=True, gradients=command.gradients
+                )
+                return Done({"size_bytes": size})
+            case SaveExternal():
+                recipients = read_recipients(command.recipients)
+                self._bring_back(run)
+                size = adapter_files.write(
+                    command.path,
+                    run.model,
+                    run.layout,
+                    run.live,
+                    optimizer=False,
+                    gradients=False,
+                    recipients=recipients,
                 )
                 return Done({"size_bytes": size})
             case LoadState():

@@ -18,6 +18,7 @@ from tinsmith.engine.commands import (
     Publish,
     ReleaseRun,
     Reply,
+    SaveExternal,
     SaveState,
 )
 from tinsmith.engine.model.base import BaseModel
@@ -25,7 +26,7 @@ from tinsmith.engine.model.lora import AdapterWeights, Gradients, Layout
 from tinsmith.engine.optimizers import adamw
 from tinsmith.engine.training import TrainingJob
 
-RunCommand = ForwardBackward | OptimStep | SaveState | LoadState | Publish | ReleaseRun
+RunCommand = ForwardBackward | OptimStep | SaveState | SaveExternal | LoadState | Publish | ReleaseRun
 Answer = Callable[[Reply], None]
 
 

@@ -14,6 +14,7 @@ from tinsmith.store import Connection, Store, checkpoints, commands, runs
 from .catalog import Catalog
 from .context import Context
 from .errors import Unavailable
+from .external import External
 from .futures import Outcome, Pending
 from .keys import Caller, KeyRing
 from .runs import Runs
@@ -39,6 +40,7 @@ class Service:
         self.runs = Runs(self.context, self.sessions, self.samplers.published)
         self.training = Training(self.context, self.sessions, self.keys, self.runs)
         self.catalog = Catalog(self.context, self.runs, self.samplers)
+        self.external = External(self.context, self.catalog)
         self.started = False
         self.stopping = False
         self._closing: asyncio.Future[None] | None = None

@@ -24,6 +24,7 @@ from tinsmith.engine.commands import (
     LoraSpec,
     OptimStep,
     Publish,
+    SaveExternal,
     SaveState,
 )
 from tinsmith.store import Connection, checkpoints, runs, samplers
@@ -37,7 +38,7 @@ from .errors import Refusal
 
 Kind = Literal[
     "create_model", "create_by_load", "load_weights", "forward_backward", "forward",
-    "optim_step", "save_weights", "save_weights_for_sampler",
+    "optim_step", "save_weights", "save_weights_for_sampler", "save_weights_external",
 ]  # fmt: skip
 
 CREATES: frozenset[str] = frozenset({"create_model", "create_by_load"})
@@ -109,6 +110,8 @@ class StepMaker:
             return await self._save(seq_id, values)
         if kind == "save_weights_for_sampler":
             return await self._publish(seq_id, values)
+        if kind == "save_weights_external":
+            return await self._save_external(seq_id, values)
         raise Refusal(f"this server does not know commands of the kind {kind!r}")
 
     def _create(self, values: dict[str, Any]) -> Step:
@@ -131,6 +134,11 @@ class StepMaker:
         if path.run == self.run.id:
             await self.saves.settled(path)
         checkpoint, source = await find_checkpoint(self.context, path, values["org_id"])
+        if values["optimizer"] and checkpoint.kind != "training":
+            raise Refusal(
+                f"optimizer: {path} has weights alone, and no optimizer state; load it without, or load a"
+                " checkpoint of save_state()"
+            )
         check_base(source, self.run)
         if source.lora_shape != lora_shape(self.run.lora):
             raise Refusal(
@@ -149,6 +157,21 @@ class StepMaker:
         return Step(
             (SaveState(self.run.id, seq_id, str(folder)),),
             answer=lambda _: {"type": "save_weights", "path": str(row.path)},
+            commit=lambda connection, done: checkpoints.add(connection, _sized(row, done)),
+            then=lambda replaced: self._saved(release, replaced),
+            undo=lambda: self._not_saved(release, row.folder),
+        )
+
+    async def _save_external(self, seq_id: int, values: dict[str, Any]) -> Step:
+        release = await self._claim("external", values["name"], values["overwrite"])
+        row, folder = self._checkpoint("external", seq_id, values)
+        return Step(
+            (SaveExternal(self.run.id, seq_id, str(folder), tuple(values["recipients"])),),
+            answer=lambda done: {
+                "type": "save_weights_external",
+                "path": str(row.path),
+                "size_bytes": _sized(row, done).size_bytes,
+            },
             commit=lambda connection, done: checkpoints.add(connection, _sized(row, done)),
             then=lambda replaced: self._saved(release, replaced),
             undo=lambda: self._not_saved(release, row.folder),

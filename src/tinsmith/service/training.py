@@ -20,6 +20,7 @@ from tinsmith.wire.requests import (
     LoadWeights,
     LoraConfig,
     OptimStep,
+    SaveExternal,
     SaveWeights,
     Target,
 )
@@ -151,6 +152,13 @@ class Training:
             }
 
         return await self._submit_values(caller, target, "save_weights_for_sampler", values)
+
+    async def save_weights_external(self, caller: Caller, fields: Fields) -> Receipt:
+        def values() -> dict[str, object]:
+            request = SaveExternal.read(fields)
+            return {**_save_values(request.save), "recipients": request.recipients}
+
+        return await self._submit_values(caller, Target.read(fields), "save_weights_external", values)
 
     async def load_weights(self, caller: Caller, fields: Fields) -> Receipt:
         if not fields.has("model_id"):

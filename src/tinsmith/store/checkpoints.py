@@ -73,6 +73,13 @@ def find(connection: sa.Connection, path: TinkerPath, now: float) -> CheckpointR
     return _read(row) if row is not None else None
 
 
+def get(connection: sa.Connection, checkpoint_id: str, now: float) -> CheckpointRow | None:
+    row = connection.execute(
+        checkpoints.select().where(checkpoints.c.id == checkpoint_id, _alive(now))
+    ).one_or_none()
+    return _read(row) if row is not None else None
+
+
 def newest(connection: sa.Connection, run_id: str, kind: CheckpointKind, now: float) -> CheckpointRow | None:
     row = connection.execute(
         checkpoints.select()

@@ -15,6 +15,7 @@ from .paths import check_name
 
 HOUR = 3600
 TEN_YEARS = 10 * 365 * 24 * HOUR
+MOST_RECIPIENTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +198,28 @@ class SaveWeights:
             user_metadata=fields.text_metadata("user_metadata"),
             sampling_session_seq_id=fields.optional_integer("sampling_session_seq_id", least=0),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class SaveExternal:
+    """A save for use elsewhere, encrypted to `recipients` if there are any."""
+
+    save: SaveWeights
+    recipients: tuple[str, ...]
+
+    @classmethod
+    def read(cls, fields: Fields) -> SaveExternal:
+        name = "age_encryption_recipients"
+        recipients: list[str] = []
+        for index, item in enumerate(fields.array(name) if fields.has(name) else []):
+            if not isinstance(item, str) or not 0 < len(item) <= 16384:
+                raise fields.error(f"{name}[{index}]", "must be a text: an age1... key or an SSH public key")
+            recipients.append(item)
+        if fields.has(name) and not 1 <= len(recipients) <= MOST_RECIPIENTS:
+            raise fields.error(
+                name, f"has {len(recipients)} entries; give 1 to {MOST_RECIPIENTS}, or leave it out"
+            )
+        return cls(SaveWeights.read_state(fields), tuple(recipients))
 
 
 @dataclass(frozen=True, slots=True)
