@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -276,7 +277,9 @@ class TestRoom:
         for _ in range(5):
             sampler.step()
         sampler.cancel("x")
-        assert replies == [Failed("cancelled", "user")]
+        (reply,) = replies
+        assert isinstance(reply, Failed)
+        assert (reply.message, reply.category) == ("cancelled", "user")
         assert sampler.pool.used == 0
         assert sampler.pending == 0
         assert not sampler.step()
@@ -354,3 +357,94 @@ def model_table(model: BaseModel, prompt: Sequence[int]) -> np.ndarray:
         backend = PackedSequences([(0, len(prompt))], rows, model.device, model.dtype)
         hidden = model.hidden(inputs, positions, Pass([segment], backend))
         return model.log_softmax(model.logits(hidden, Pass([segment])))[len(prompt) - 1].numpy()
+
+
+class TestUsage:
+    """Every token is counted once, where it is computed."""
+
+    def usage(self, sampler: Sampler, command: Sample) -> dict[str, int]:
+        replies: list[Reply] = []
+        sampler.add(command, None, replies.append)
+        while not replies:
+            sampler.step()
+        return dict(replies[0].usage)
+
+    def test_samples_of_one_prompt_share_its_prefill(self, folder: Folder) -> None:
+        sampler = Sampler(load(folder("qwen3")), PLENTY)
+        wanted = sample("x", tokens(100, 1), num_samples=5, max_tokens=7, stop=())
+        assert self.usage(sampler, wanted) == {"prefill": 100, "cached_prefill": 0, "sample": 35}
+
+    def test_a_prefix_that_the_cache_has_is_counted_as_such(self, folder: Folder) -> None:
+        sampler = Sampler(load(folder("qwen3")), PLENTY)
+        prompt = tokens(150, 1)
+        self.usage(sampler, sample("x", prompt, max_tokens=1, stop=()))
+        again = self.usage(sampler, sample("y", prompt, max_tokens=3, num_samples=2, stop=()))
+        assert again == {"prefill": 150 - 128, "cached_prefill": 128, "sample": 6}
+
+    def test_scoring_a_prompt_computes_all_of_it(self, folder: Folder) -> None:
+        sampler = Sampler(load(folder("qwen3")), PLENTY)
+        prompt = tokens(150, 1)
+        self.usage(sampler, sample("x", prompt, max_tokens=1, stop=()))
+        again = self.usage(sampler, sample("y", prompt, max_tokens=1, stop=(), prompt_logprobs=True))
+        assert again == {"prefill": 150, "cached_prefill": 0, "sample": 1}
+
+    def test_what_had_to_make_room_and_was_computed_anew_counts_once(self, folder: Folder) -> None:
+        sampler = Sampler(load(folder("qwen3")), 0)
+        sampler.pool.capacity = 6  # pages: two sequences of 250 tokens take turns
+        replies: dict[str, Reply] = {}
+        for name in "ab":
+            command = sample(name, tokens(180, ord(name)), max_tokens=60, stop=())
+            sampler.add(command, None, lambda r, n=name: replies.setdefault(n, r))  # type: ignore[misc]
+        put_off = 0
+        while len(replies) < 2:
+            sampler.step()
+            put_off += any(s.logprobs for s in sampler.waiting)
+        assert put_off, "nothing had to make room"
+        for reply in replies.values():
+            assert isinstance(reply, Done)
+            assert reply.usage == {"prefill": 180, "cached_prefill": 0, "sample": 60}
+            assert pb.SampleResponse.FromString(reply.payload).prompt_cache_hit_tokens == 0  # type: ignore[arg-type]
+
+    def test_a_cancelled_sample_counts_what_was_computed(
+        self, folder: Folder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(module.PREFILL_ROWS, "cpu", 64)
+        sampler = Sampler(load(folder("qwen3")), PLENTY)
+        replies: list[Reply] = []
+        sampler.add(sample("x", tokens(100, 1), num_samples=4, stop=()), None, replies.append)
+        sampler.add(sample("y", tokens(100, 2), stop=()), None, replies.append)
+        sampler.add(sample("z", tokens(100, 3), stop=()), None, replies.append)
+        sampler.step()  # 64 tokens of x
+        sampler.step()  # 36 of x, which samples; 28 of y
+        sampler.step()  # x samples; 64 of y
+        for name in "xyz":
+            sampler.cancel(name)
+        assert [dict(reply.usage) for reply in replies] == [
+            {"prefill": 100, "cached_prefill": 0, "sample": 8},
+            {"prefill": 92, "cached_prefill": 0, "sample": 0},
+            {"prefill": 0, "cached_prefill": 0, "sample": 0},
+        ]
+
+    def test_the_servers_own_fault_is_nobodys_usage(
+        self, folder: Folder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sampler = Sampler(load(folder("qwen3")), PLENTY)
+        replies: list[Reply] = []
+        sampler.add(sample("x", tokens(100, 1), stop=()), None, replies.append)
+        sampler.step()
+        monkeypatch.setattr(sampler, "_advance", lambda plan: 1 / 0)
+        sampler.step()
+        (reply,) = replies
+        assert isinstance(reply, Failed)
+        assert reply.category == "server"
+        assert reply.usage == {}
+
+    def test_when_it_was_started_and_when_its_first_token_came(self, folder: Folder) -> None:
+        sampler = Sampler(load(folder("qwen3")), PLENTY)
+        replies: list[Reply] = []
+        before = time.time()
+        sampler.add(sample("x", tokens(100, 1), max_tokens=3, stop=()), None, replies.append)
+        while not replies:
+            sampler.step()
+        times = replies[0].times
+        assert before <= times["started"] <= times["first_token"] <= time.time()

@@ -23,6 +23,17 @@ Category = Literal["user", "server"]
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """Whose part of the device a command uses: an opaque key, and the weight of all that carry it.
+
+    Where commands of several keys want the device, each key gets at least its weight's part of it.
+    """
+
+    key: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class LoraSpec:
     """A LoRA adapter as Tinker defines it: y += (alpha / rank) * B (A x), A random, B zero.
 
@@ -55,24 +66,27 @@ class AdamParams:
 
 @dataclass(frozen=True, slots=True)
 class CreateAdapter:
-    """A new run on the base model `model`. Answers {}."""
+    """A new run on the base model `model`. Answers {}. Its commands use the device as part of `share`."""
 
     run: str
     model: str
     lora: LoraSpec
+    share: Share = Share()
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBackward:
     """Forward, and backward unless the body's `forward_only` is set. Answers protobuf bytes.
 
-    `body` is a serialized ForwardBackwardRequest as it came off the wire, in `encoding`.
+    `body` is a serialized ForwardBackwardRequest as it came off the wire, in `encoding`. A `share` is the
+    run's from now on.
     """
 
     run: str
     seq_id: int
     body: bytes
     encoding: Literal["identity", "zstd"] = "identity"
+    share: Share | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +234,7 @@ class Sample:
     targets: PromptTargets | None = None
     alt_tokens: int = 0
     images: tuple[ImageChunk, ...] = ()
+    share: Share = Share()
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,18 +272,27 @@ Command = (
 @dataclass(frozen=True, slots=True)
 class Done:
     """A command was carried out. `payload` is protobuf bytes or a JSON object; `usage` counts tokens
-    by kind ("train", "prefill", "cached_prefill", "sample")."""
+    by kind ("train", "prefill", "cached_prefill", "sample"): those of the request, however often the engine
+    had to compute them. `times` says when (seconds since 1970) it was "started", and when its
+    "first_token" came."""
 
     payload: bytes | dict[str, object]
     usage: Mapping[str, int] = field(default_factory=dict)
+    times: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A command was refused or failed, and changed nothing."""
+    """A command was refused or failed, and changed nothing.
+
+    `usage` counts what a sample had computed when it was cancelled, or grew beyond the cache; what fails
+    otherwise has none.
+    """
 
     message: str
     category: Category = "user"
+    usage: Mapping[str, int] = field(default_factory=dict)
+    times: Mapping[str, float] = field(default_factory=dict)
 
 
 Reply = Done | Failed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 
 import torch
@@ -36,9 +36,11 @@ from tinsmith.engine.commands import (
     Publish,
     ReleaseRun,
     ReleaseSampler,
+    Reply,
     Sample,
     SaveExternal,
     SaveState,
+    Share,
 )
 from tinsmith.engine.device import pick_device, pick_dtype
 from tinsmith.engine.encryption import read_recipients
@@ -49,8 +51,10 @@ from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.checks import check
 from tinsmith.engine.model.lora import Layout
 from tinsmith.engine.model.vision import CACHE_BYTES
+from tinsmith.engine.passes import fill_pass
 from tinsmith.engine.runs import Answer, Run
 from tinsmith.engine.sampler import Sampler
+from tinsmith.engine.shares import Costs, Shares
 from tinsmith.engine.snapshots import Snapshots
 from tinsmith.engine.training import TrainingJob, peak_bytes, run_pass
 from tinsmith.wire.training import ContentError, decode_request
@@ -59,7 +63,7 @@ log = logging.getLogger(__name__)
 
 BODY_LIMIT = 256 << 20  # bytes of a decompressed forward_backward body
 PASS_ROWS = {"cpu": 4096, "cuda": 32768}  # rows of a training pass
-SHARED_PASS_ROWS = {"cpu": 512, "cuda": 8192}  # the same while samples are running
+SHARED_PASS_ROWS = {"cpu": 512, "cuda": 8192}  # the same while samples or several share keys are running
 JOBS_AHEAD = 16  # forward_backwards of one run that are decoded at a time
 
 
@@ -104,10 +108,14 @@ class Engine:
         _clear(Path(config.spill_dir))
         self.runs: dict[str, Run] = {}
         self.snapshots = Snapshots(Path(config.spill_dir))
+        self.shares = Shares()
         self._samplers = {
-            name: Sampler(model, self.budget.cache // len(self.models), copies=self.budget.copies)
+            name: Sampler(
+                model, self.budget.cache // len(self.models), self.shares, copies=self.budget.copies
+            )
             for name, model in self.models.items()
         }
+        self._pass_costs = {False: Costs(), True: Costs()}  # by forward_only
         self._turn: deque[str] = deque()  # runs, the one served longest ago first
         self._clock = 0
         self._trained_tokens = 0
@@ -204,7 +212,12 @@ class Engine:
                         sampler.release(weights)
                 answer(Done({}))
             case Sample():
-                self._sample(command, answer)
+                entered = self._enter(command.share, answer)
+                try:
+                    self._sample(command, entered)
+                except BaseException:
+                    self.shares.leave(command.share.key)
+                    raise
             case Cancel():
                 for sampler in self._samplers.values():
                     sampler.cancel(command.request)
@@ -215,7 +228,19 @@ class Engine:
                 run = self.runs.get(command.run)
                 if run is None:
                     raise ContentError(f"run {command.run} is not on this engine")
-                run.waiting.append((command, answer))
+                if isinstance(command, ForwardBackward) and command.share is not None:
+                    run.share = command.share
+                run.waiting.append((command, self._enter(run.share, answer)))
+
+    def _enter(self, share: Share, answer: Answer) -> Answer:
+        """Count a command among those of its share key until it is answered."""
+        self.shares.enter(share)
+
+        def answered(reply: Reply) -> None:
+            self.shares.leave(share.key)
+            answer(reply)
+
+        return answered
 
     def _model(self, name: str) -> BaseModel:
         model = self.models.get(name)
@@ -246,7 +271,7 @@ class Engine:
                 f"an adapter of rank {spec.rank} needs up to {run.nbytes * 4} bytes with its optimizer; "
                 f"this server keeps {self.budget.adapters} bytes for adapters"
             )
-        run.used = self._clock
+        run.used, run.share = self._clock, command.share
         self.runs[command.run] = run
         self._turn.append(command.run)
         self._make_room()
@@ -270,41 +295,58 @@ class Engine:
     def step(self) -> bool:
         """One cycle. True while there is more work."""
         self._clock += 1
+        done = self._cycle()
+        more = any(run.waiting or run.jobs for run in self.runs.values())
+        more |= any(sampler.pending for sampler in self._samplers.values())
+        if more and not done:
+            # Whoever lacks time cannot use it now, for want of memory, say.
+            self.shares.stand_aside()
+            self._cycle()
+        return more
+
+    def _cycle(self) -> bool:
+        """Whether anything was done."""
+        done = False
         for name in list(self._turn):
-            self._advance(self.runs[name])
+            done |= self._advance(self.runs[name])
         started = time.perf_counter()
         trained = self._train()
         spent = time.perf_counter() - started
-        more = any(run.waiting or run.jobs for run in self.runs.values())
         started = time.perf_counter()
         for sampler in self._samplers.values():
             while sampler.pending:
-                more |= sampler.step()
-                if not trained or time.perf_counter() - started >= spent:
+                sampler.step()
+                done |= not sampler.stuck
+                if sampler.stuck or not trained or time.perf_counter() - started >= spent:
                     break
-        return more
+        return done or trained
 
-    def _advance(self, run: Run) -> None:
-        """Carry out what is due of one run, up to forward_backwards, which become jobs."""
-        while run.waiting:
+    def _advance(self, run: Run) -> bool:
+        """Carry out what is due of one run, up to forward_backwards, which become jobs. Whether there
+        was anything."""
+        done = False
+        while run.waiting and self.shares.may(run.share.key):
             command, answer = run.waiting[0]
-            if isinstance(command, ForwardBackward):
-                if len(run.jobs) >= JOBS_AHEAD:
-                    return
-                run.waiting.popleft()
-                self._start(run, command, answer)
-                continue
-            if run.jobs:
-                return
+            begins = isinstance(command, ForwardBackward)
+            if len(run.jobs) >= JOBS_AHEAD if begins else run.jobs:
+                break
             run.waiting.popleft()
             run.used = self._clock
-            try:
-                answer(self._execute(run, command))
-            except Exception as error:
-                answer(_failed(f"{type(command).__name__} of run {run.name}", error))
+            done = True
+            started = time.perf_counter()
+            if isinstance(command, ForwardBackward):
+                self._start(run, command, answer)
+            else:
+                try:
+                    answer(self._execute(run, command))
+                except Exception as error:
+                    answer(_failed(f"{type(command).__name__} of run {run.name}", error))
+            if self.shares.several:
+                seconds = time.perf_counter() - started
+                self.shares.charge(seconds, {run.share.key: seconds})
+        return done
 
     def _start(self, run: Run, command: ForwardBackward, answer: Answer) -> None:
-        run.used = self._clock
         try:
             request = decode_request(command.body, command.encoding, BODY_LIMIT)
             self._bring_back(run)
@@ -392,36 +434,14 @@ class Engine:
 
     def _train(self) -> bool:
         """One pass over blocks of the runs that have work, in turns. False if there was none."""
-        work: list[tuple[TrainingJob, int]] = []
         busy = any(s.pending for s in self._samplers.values())
-        limit = (SHARED_PASS_ROWS if busy else PASS_ROWS)[self.device.type]
-        rows = longest = 0
-        ahead = {id(job): job.next for run in self.runs.values() for job in run.jobs}
-        lead: TrainingJob | None = None
-        progress = True
-        while progress:
-            progress = False
-            for name in list(self._turn):
-                job = next((j for j in self.runs[name].jobs if ahead[id(j)] < len(j.cuts)), None)
-                if job is None or (lead is not None and not _together(lead, job)):
-                    continue
-                cut = job.cuts[ahead[id(job)]]
-                grown = max(longest, cut.rows)
-                need = peak_bytes(job.model, rows + cut.rows, grown, not job.forward_only)
-                if work and (rows + cut.rows > limit or need > self.budget.passes):
-                    continue
-                lead = lead or job
-                work.append((job, ahead[id(job)]))
-                ahead[id(job)] += 1
-                rows, longest, progress = rows + cut.rows, grown, True
-                self._turn.remove(name)
-                self._turn.append(name)
-                if job.alone:
-                    progress = False
-                    break
+        short = busy or self.shares.contended
+        limit = (SHARED_PASS_ROWS if short else PASS_ROWS)[self.device.type]
+        work = fill_pass(self.runs, self._turn, self.shares, limit, self.budget.passes)
         if not work:
             return False
         jobs = list({id(job): job for job, _ in work}.values())
+        started = time.perf_counter()
         try:
             run_pass([(job, job.cuts[index]) for job, index in work])
         except Exception as error:
@@ -429,6 +449,15 @@ class Engine:
         else:
             for job, index in work:
                 job.next = index + 1
+        seconds = time.perf_counter() - started
+        rows: Counter[str] = Counter()
+        for job, index in work:
+            rows[job.key] += job.cuts[index].rows
+        costs = self._pass_costs[jobs[0].forward_only]
+        costs.observe(rows.total(), seconds)
+        self.shares.charge(
+            seconds, {key: costs.estimate(own, rows.total(), seconds) for key, own in rows.items()}
+        )
         for run in self.runs.values():
             self._finish(run)
         return True
@@ -522,16 +551,6 @@ def _clear(spill_dir: Path) -> None:
         adapter_files.remove(str(left))
     for left in spill_dir.glob("sampler-*.safetensors"):
         left.unlink(missing_ok=True)
-
-
-def _together(lead: TrainingJob, job: TrainingJob) -> bool:
-    """Whether two jobs may share a pass."""
-    return (
-        job.model is lead.model
-        and job.forward_only == lead.forward_only
-        and (not lead.alone or job is lead)
-        and (not job.alone or job is lead)
-    )
 
 
 def _same_shape(run: Run, spec: object) -> None:

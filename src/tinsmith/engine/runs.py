@@ -20,6 +20,7 @@ from tinsmith.engine.commands import (
     Reply,
     SaveExternal,
     SaveState,
+    Share,
 )
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights, Gradients, Layout
@@ -62,6 +63,7 @@ class Run:
     jobs: deque[TrainingJob] = field(default_factory=deque)  # forward_backwards under way, in seq order
     spilled: str | None = None
     used: int = 0  # the engine's clock when it was last needed
+    share: Share = field(default_factory=Share)
     _weights: AdapterWeights | None = None
 
     @classmethod

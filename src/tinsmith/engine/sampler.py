@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections import deque
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,7 +32,9 @@ from tinsmith.engine.paged_attention import Chunk, PagedAttention
 from tinsmith.engine.prompt_scores import PromptScores
 from tinsmith.engine.runs import Answer
 from tinsmith.engine.sampling import StopCheck, choose, scaled, top, uniforms
+from tinsmith.engine.shares import Costs, Shares
 from tinsmith.engine.states import SampledRecurrence, StatePool
+from tinsmith.engine.waiting import Waiting
 from tinsmith.wire.sampling import Sampled, TopK, encode_response
 from tinsmith.wire.training import ContentError
 
@@ -57,11 +60,24 @@ class _Request:
     scores: PromptScores
     live: list[_Sequence] = field(default_factory=list)
     finished: dict[int, Sampled] = field(default_factory=dict)
-    cached: int = 0
+    cached: int = 0  # prompt tokens that the cache had when the request was first admitted
+    prefilled: int = 0  # prompt tokens that have been computed or found in the cache
+    times: dict[str, float] = field(default_factory=dict)
 
     @property
     def serial(self) -> int:
         return self.weights.serial if self.weights is not None else 0
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens so far. A prompt counts once for all samples, and nothing counts again that had to make
+        room and was computed anew."""
+        return {
+            "prefill": self.prefilled - self.cached,
+            "cached_prefill": self.cached,
+            "sample": sum(len(s.tokens) for s in self.finished.values())
+            + sum(len(s.output) for s in self.live),
+        }
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +94,10 @@ class _Sequence:
     topk: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     @property
+    def key(self) -> str:
+        return self.request.command.share.key
+
+    @property
     def output(self) -> list[int]:
         return self.tokens[len(self.request.prompt) :]
 
@@ -91,9 +111,12 @@ class _Sequence:
 class Sampler:
     """All sampling of one base model, with any mix of adapters."""
 
-    def __init__(self, model: BaseModel, cache_bytes: int, *, copies: bool = True) -> None:
+    def __init__(
+        self, model: BaseModel, cache_bytes: int, shares: Shares | None = None, *, copies: bool = True
+    ) -> None:
         """copies: whether to make copies of the weights that sampling is faster with, when it begins."""
         self.model = model
+        self.shares = shares or Shares()
         self.copies = copies
         self.states: StatePool | CachePool | None = None
         if model.generic:
@@ -102,10 +125,12 @@ class Sampler:
             self.states = StatePool(model, RUNNING, cache_bytes // 2)
             cache_bytes -= cache_bytes // 2
         self.pool = PagePool(model, cache_bytes)
-        self.waiting: deque[_Sequence] = deque()
+        self.waiting: Waiting[_Sequence] = Waiting(self.shares)
         self.running: list[_Sequence] = []
         self.requests: dict[str, _Request] = {}
         self.sampled_tokens = 0
+        self.stuck = False  # whether the last step found nothing that it could compute
+        self._costs = Costs()
 
     @property
     def pending(self) -> int:
@@ -169,7 +194,10 @@ class Sampler:
         """Advance everything once. True while there is more to do."""
         self._admit()
         plan = self._plan()
+        self.stuck = not plan
         if plan:
+            started = time.perf_counter()
+            keys = self._rows_by_key(plan)
             try:
                 self._advance(plan)
             except Exception as error:
@@ -177,19 +205,61 @@ class Sampler:
                 text = f"sampling failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 for request in {id(s.request): s.request for s, _ in plan}.values():
                     self._fail(request, text, "server")
+            self._charge(keys, time.perf_counter() - started)
         return self.pending > 0
 
+    def _rows_by_key(self, plan: Sequence[tuple[_Sequence, int]]) -> Counter[str]:
+        rows: Counter[str] = Counter()
+        for sequence, count in plan:
+            rows[sequence.key] += count
+        return rows
+
+    def _charge(self, keys: Counter[str], seconds: float) -> None:
+        whole = keys.total()
+        self._costs.observe(whole, seconds)
+        self.shares.charge(
+            seconds, {key: self._costs.estimate(rows, whole, seconds) for key, rows in keys.items()}
+        )
+
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < RUNNING:
-            sequence = self.waiting[0]
-            if self.running and not self._room_for(sequence):
-                return
-            if self.states is not None and (slot := self.states.allocate()) is None:
-                return
-            self.waiting.popleft()
-            sequence.slot = slot if self.states is not None else None
+        if not self.waiting:
+            return
+        counts = Counter(sequence.key for sequence in self.running)
+        while self.waiting:
+            sequence = self.waiting.head(counts)
+            slot: int | None = None
+            full = len(self.running) >= RUNNING or (bool(self.running) and not self._room_for(sequence))
+            if not full and self.states is not None:
+                slot = self.states.allocate()
+                full = slot is None
+            if full:
+                if not self._make_way(sequence.key, counts):
+                    return
+                continue
+            self.waiting.remove(sequence)
+            sequence.slot = slot
+            request = sequence.request
+            if "started" not in request.times:
+                request.times["started"] = time.time()
             self._take_known_pages(sequence)
             self.running.append(sequence)
+            counts[sequence.key] += 1
+
+    def _make_way(self, key: str, counts: Counter[str]) -> bool:
+        """Put off the youngest sequence of another share key that runs more for its weight than `key`
+        would with one more. False if there is none."""
+        weight = self.shares.weight
+        over = [
+            other
+            for other in counts
+            if other != key and (counts[other] - 1) / weight(other) >= (counts[key] + 1) / weight(key)
+        ]
+        if not over:
+            return False
+        most = max(over, key=lambda other: counts[other] / weight(other))
+        counts[most] -= 1
+        self._put_off(next(s for s in reversed(self.running) if s.key == most))
+        return True
 
     def _room_for(self, sequence: _Sequence) -> bool:
         """Whether its tokens fit beside what runs, with a page to spare for each of those."""
@@ -214,18 +284,24 @@ class Sampler:
             sequence.pages.append(page)
             sequence.content, sequence.known = content, sequence.known + 1
         sequence.computed = sequence.known * PAGE
-        if fresh and sequence.index == 0:
-            sequence.request.cached = min(sequence.computed, len(sequence.request.prompt))
+        request = sequence.request
+        if fresh and sequence.index == 0 and not request.prefilled:
+            # Not when it comes back after it had to make room: then the pages may be its own.
+            request.cached = request.prefilled = min(sequence.computed, len(request.prompt))
 
     def _plan(self) -> list[tuple[_Sequence, int]]:
         """(sequence, new tokens) of this step, each with its pages; the youngest make room for the older."""
         budget = PREFILL_ROWS[self.model.device.type]
+        budgets = self._prefill_budgets(budget) if self.shares.several else {}
         plan: list[tuple[_Sequence, int]] = []
         for sequence in list(self.running):
             if sequence not in self.running:
                 continue  # it has made room
+            key = sequence.key
+            if not self.shares.may(key):
+                continue
             missing = self._wanted(sequence)
-            count = missing if missing == 1 else min(missing, budget)
+            count = missing if missing == 1 else min(missing, budget, budgets.get(key, budget))
             if self.states is not None and count < missing:
                 continue
             if count == 0:
@@ -234,8 +310,19 @@ class Sampler:
                 continue
             if missing > 1:
                 budget -= count
+                if key in budgets:
+                    budgets[key] -= count
             plan.append((sequence, count))
         return [(s, n) for s, n in plan if s in self.running]
+
+    def _prefill_budgets(self, budget: int) -> dict[str, int]:
+        """What each share key may prefill in this step. Recurrent layers take fixed chunks, whole or not at
+        all; there the steps themselves are shared out alone."""
+        keys = {s.key for s in self.running if self._wanted(s) > 1 and self.shares.may(s.key)}
+        if len(keys) < 2 or self.states is not None:
+            return {}
+        total = sum(self.shares.weight(key) for key in keys)
+        return {key: max(1, int(budget * self.shares.weight(key) / total)) for key in keys}
 
     def _wanted(self, sequence: _Sequence) -> int:
         """How many of its next tokens a sequence would best compute in one step."""
@@ -335,6 +422,8 @@ class Sampler:
             if sequence.index == 0 and not sequence.logprobs:
                 self._score_prompt(sequence, hidden, row, count)
             sequence.computed += count
+            request = sequence.request
+            request.prefilled = max(request.prefilled, min(sequence.computed, len(request.prompt)))
             self._make_known(sequence)
             if sequence.computed == len(sequence.tokens):
                 ready.append((sequence, row + count - 1))
@@ -404,6 +493,8 @@ class Sampler:
             for i, (sequence, token, logprob) in enumerate(zip(part, chosen, taken, strict=True)):
                 sequence.tokens.append(token)
                 sequence.logprobs.append(logprob)
+                if "first_token" not in sequence.request.times:
+                    sequence.request.times["first_token"] = time.time()
                 shown = sequence.request.command.topk_sample
                 if shown and best is not None:
                     sequence.topk.append((best[0][i, :shown], best[1][i, :shown]))
@@ -478,22 +569,21 @@ class Sampler:
             self.waiting.remove(sequence)
 
     def _fail(self, request: _Request, message: str, category: str) -> None:
+        usage = request.usage
         for sequence in list(request.live):
             self._drop(sequence)
         if self.requests.pop(request.command.request, None) is not None:
-            request.answer(Failed(message, "user" if category == "user" else "server"))
+            if category == "user":
+                request.answer(Failed(message, "user", usage, request.times))
+            else:  # our own fault is nobody's usage
+                request.answer(Failed(message, "server"))
 
     def _result(self, request: _Request) -> Done:
         command = request.command
         sampled = [request.finished[i] for i in range(command.num_samples)]
-        count = sum(len(s.tokens) for s in sampled)
-        self.sampled_tokens += count
-        usage = {
-            "prefill": len(request.prompt) - request.cached,
-            "cached_prefill": request.cached,
-            "sample": count,
-        }
-        return Done(encode_response(sampled, request.scores.answers(), request.cached), usage)
+        usage = request.usage
+        self.sampled_tokens += usage["sample"]
+        return Done(encode_response(sampled, request.scores.answers(), request.cached), usage, request.times)
 
 
 def _pad(*rows: list[int]) -> None:

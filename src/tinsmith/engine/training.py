@@ -70,6 +70,7 @@ class TrainingJob:
         self.cuts = _cut([s.tokens.numel() for s in self.sequences])
         self.tokens = sum(s.tokens.numel() for s in self.sequences)
         self.alone = False  # after a failed pass: run without company, to see whose fault it was
+        self.key = ""  # of the share whose part of the device it uses
         self.failure = ""
         self.answer: Callable[[Reply], None] = lambda reply: None
         self.restart()

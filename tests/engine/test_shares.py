@@ -1,0 +1,278 @@
+"""Shares of the device: nobody runs slower than its weight's part of what it would do alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.engine.test_sampler import PLENTY, sample
+from tests.engine.tiny import load, request, tokens
+from tinsmith.engine import sampler as module
+from tinsmith.engine.commands import (
+    AdamParams,
+    CreateAdapter,
+    EngineConfig,
+    ForwardBackward,
+    LoraSpec,
+    ModelSource,
+    OptimStep,
+    Reply,
+    Share,
+)
+from tinsmith.engine.engine import Engine
+from tinsmith.engine.passes import fill_pass
+from tinsmith.engine.sampler import Sampler
+from tinsmith.engine.shares import Costs, Shares
+from tinsmith.engine.training import TrainingJob
+
+Folder = Callable[[str], Path]
+A, B = Share("a"), Share("b")
+
+
+class Machine:
+    """A device on which a step of n rows takes base + n * row seconds, and keys that want so many rows."""
+
+    def __init__(self, base: float, row: float, wants: dict[Share, int]) -> None:
+        self.now = 0.0
+        self.shares = Shares(clock=lambda: self.now)
+        self.base, self.row, self.wants = base, row, wants
+        self.steps: Counter[str] = Counter()
+        for share in wants:
+            self.shares.enter(share)
+
+    def alone(self, share: Share) -> float:
+        return self.base + self.row * self.wants[share]
+
+    def run(self, seconds: float) -> None:
+        while self.now < seconds:
+            rows = {s: n for s, n in self.wants.items() if self.shares.may(s.key)}
+            assert rows, "the device stands still"
+            took = self.base + self.row * sum(rows.values())
+            self.now += took
+            self.steps.update(s.key for s in rows)
+            self.shares.charge(took, {s.key: self.alone(s) for s in rows})
+
+    def speed(self, share: Share) -> float:
+        """Of what it would do alone."""
+        return self.steps[share.key] * self.alone(share) / self.now
+
+
+def test_a_steady_key_keeps_half_of_its_speed_beside_a_flood() -> None:
+    machine = Machine(0.01, 0.001, {A: 1, B: 255})
+    machine.run(60.0)
+    assert machine.speed(A) == pytest.approx(0.5, abs=0.02)
+    assert machine.speed(B) > 0.5
+
+
+def test_weights_are_parts() -> None:
+    heavy = Share("a", 3.0)
+    machine = Machine(0.01, 0.001, {heavy: 1, B: 255})
+    machine.run(60.0)
+    assert machine.speed(heavy) == pytest.approx(0.75, abs=0.02)
+    assert machine.speed(B) > 0.25
+
+
+def test_where_batching_serves_everybody_nobody_stands_back() -> None:
+    """Two keys with few rows each: together they are both faster than half."""
+    machine = Machine(0.01, 0.0001, {A: 1, B: 16})
+    machine.run(60.0)
+    assert machine.steps["a"] == machine.steps["b"]
+
+
+def test_three_keys_and_no_economy_of_batching() -> None:
+    c = Share("c")
+    machine = Machine(0.0, 0.001, {A: 10, B: 100, c: 1000})
+    machine.run(300.0)
+    for share in (A, B, c):
+        assert machine.speed(share) == pytest.approx(1 / 3, abs=0.03)
+
+
+def test_who_comes_back_has_not_saved_up_and_owes_nothing() -> None:
+    machine = Machine(0.0, 0.001, {A: 100, B: 100})
+    machine.run(5.0)
+    machine.shares.leave("a")
+    del machine.wants[A]
+    machine.run(65.0)
+    machine.steps.clear()
+    machine.wants[A] = 100
+    machine.shares.enter(A)
+    machine.run(67.0)
+    assert abs(machine.steps["a"] - machine.steps["b"]) <= 2
+
+
+def test_a_key_that_asks_for_a_little_again_and_again_gets_its_half() -> None:
+    """It is away for a moment after each answer, and comes back behind a step of the other's."""
+    shares = Shares(clock=lambda: now)
+    now, mine, step = 0.0, 0, 0.1
+    shares.enter(B)
+    for _ in range(100):
+        now += step  # the other one's step, during which A comes back
+        shares.charge(step, {"b": step})
+        shares.enter(A)
+        served = False
+        while not served:
+            keys = [key for key in ("a", "b") if shares.may(key)]
+            now += step * len(keys)
+            shares.charge(step * len(keys), dict.fromkeys(keys, step))
+            served = "a" in keys
+        mine += 1
+        shares.leave("a")
+    assert mine * step / now >= 0.45
+
+
+def test_a_single_key_is_never_held_back() -> None:
+    shares = Shares(clock=lambda: 0.0)
+    for _ in range(3):
+        shares.enter(A)
+        shares.charge(1.0, {"a": 0.1})
+        assert shares.may("a")
+    assert not shares.several
+    assert not shares.contended
+
+
+def test_costs_are_as_measured_and_at_least_in_proportion() -> None:
+    costs = Costs()
+    assert costs.estimate(1, 10, 1.0) == pytest.approx(0.1)
+    costs.observe(1, 0.3)
+    assert costs.estimate(1, 10, 1.0) == pytest.approx(0.3)
+    assert costs.estimate(1, 2, 0.2) == pytest.approx(0.2)  # never more than the whole step
+
+
+class TestSampling:
+    def flooded(self, folder: Folder, flood: int, share: Share = A) -> tuple[Sampler, list[Reply]]:
+        """A sampler with many samples of one key, on which another one comes in last."""
+        shares = Shares()
+        sampler = Sampler(load(folder("qwen3")), PLENTY, shares)
+        for i in range(flood):
+            shares.enter(B)
+            command = sample(f"b{i}", tokens(20, i), max_tokens=200, stop=(), share=B)
+            sampler.add(command, None, lambda _: shares.leave("b"))
+        sampler.step()
+        replies: list[Reply] = []
+        shares.enter(share)
+        sampler.add(sample("a", tokens(20, 1000), max_tokens=8, stop=(), share=share), None, replies.append)
+        return sampler, replies
+
+    def test_a_full_house_makes_way_for_another_key(
+        self, folder: Folder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "RUNNING", 8)
+        sampler, replies = self.flooded(folder, 12)
+        assert len(sampler.running) == 8
+        steps = 0
+        while not replies:
+            sampler.step()
+            steps += 1
+        assert steps <= 2 * 8
+        assert [s.key for s in sampler.running].count("b") == 8 or len(sampler.waiting)
+
+    def test_a_full_cache_makes_way_for_another_key(self, folder: Folder) -> None:
+        shares = Shares()
+        sampler = Sampler(load(folder("qwen3")), 0, shares)
+        sampler.pool.capacity = 12
+        for i in range(8):
+            shares.enter(B)
+            command = sample(f"b{i}", tokens(60, i), max_tokens=60, stop=(), share=B)
+            sampler.add(command, None, lambda _: shares.leave("b"))
+        for _ in range(3):
+            sampler.step()
+        shares.enter(A)
+        replies: list[Reply] = []
+        sampler.add(sample("a", tokens(100, 9), max_tokens=4, stop=(), share=A), None, replies.append)
+        steps = 0
+        while not replies:
+            sampler.step()
+            steps += 1
+        assert steps < 20
+
+    def test_long_prompts_of_another_key_do_not_take_all_of_the_prefill(
+        self, folder: Folder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(module.PREFILL_ROWS, "cpu", 64)
+        shares = Shares()
+        sampler = Sampler(load(folder("qwen3")), PLENTY, shares)
+        for i in range(4):
+            shares.enter(B)
+            sampler.add(sample(f"b{i}", tokens(400, i), stop=(), share=B), None, lambda _: None)
+        sampler.step()
+        shares.enter(A)
+        replies: list[Reply] = []
+        sampler.add(sample("a", tokens(64, 9), max_tokens=1, stop=(), share=A), None, replies.append)
+        steps = 0
+        while not replies:
+            sampler.step()
+            steps += 1
+        assert steps <= 4
+
+    def test_company_of_other_keys_changes_no_result(
+        self, folder: Folder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alone, replies = self.flooded(folder, 0)
+        while not replies:
+            alone.step()
+        monkeypatch.setattr(module, "RUNNING", 4)
+        crowded, others = self.flooded(folder, 10)
+        while not others:
+            crowded.step()
+        assert replies[0].payload == others[0].payload  # type: ignore[union-attr]
+
+
+class TestTraining:
+    def engine(self, folder: Folder, tmp_path: Path) -> Engine:
+        source = ModelSource("m", str(folder("qwen3")))
+        return Engine(EngineConfig((source,), str(tmp_path), device="cpu", dtype="fp32", memory=1 << 30))
+
+    def fill(self, engine: Engine) -> list[tuple[TrainingJob, int]]:
+        return fill_pass(engine.runs, engine._turn, engine.shares, 512, engine.budget.passes)
+
+    def submit(self, engine: Engine, run: str, share: Share, requests: int, length: int) -> list[Reply]:
+        replies: list[Reply] = []
+        engine.submit(CreateAdapter(run, "m", LoraSpec(4, 1), share), lambda _: None)
+        body = request([tokens(length, 3)])
+        for seq_id in range(1, requests + 1):
+            engine.submit(ForwardBackward(run, seq_id, body, share=share), replies.append)
+        return replies
+
+    def test_a_flood_of_many_runs_has_half_of_a_pass_and_no_more(
+        self, folder: Folder, tmp_path: Path
+    ) -> None:
+        engine = self.engine(folder, tmp_path)
+        for i in range(6):
+            self.submit(engine, f"b{i}", B, 2, 64)
+        self.submit(engine, "a", A, 2, 64)
+        for name in list(engine._turn):
+            engine._advance(engine.runs[name])
+        rows = Counter[str]()
+        for job, index in self.fill(engine):
+            rows[job.key] += job.cuts[index].rows
+        assert rows == {"a": 128, "b": 128}
+
+    def test_weights_count_in_a_pass(self, folder: Folder, tmp_path: Path) -> None:
+        engine = self.engine(folder, tmp_path)
+        heavy = Share("b", 2.0)
+        for i in range(6):
+            self.submit(engine, f"b{i}", heavy, 2, 64)
+        self.submit(engine, "a", A, 1, 64)
+        for name in list(engine._turn):
+            engine._advance(engine.runs[name])
+        keys = Counter(job.key for job, _ in self.fill(engine))
+        assert keys == {"a": 1, "b": 2}
+
+    def test_everything_is_answered_and_the_books_are_even(self, folder: Folder, tmp_path: Path) -> None:
+        engine = self.engine(folder, tmp_path)
+        answers = [self.submit(engine, f"b{i}", B, 3, 40) for i in range(4)]
+        answers.append(self.submit(engine, "a", A, 3, 40))
+        done: list[Reply] = []
+        engine.submit(OptimStep("a", 4, AdamParams()), done.append)
+        engine.submit(ForwardBackward("a", 5, b"nonsense", share=A), done.append)
+        engine.submit(ForwardBackward("none", 1, b""), done.append)
+        engine.submit(sample("s", [], share=A), done.append)  # refused at once
+        for _ in range(200):
+            if not engine.step():
+                break
+        assert [len(replies) for replies in answers] == [3] * 5
+        assert len(done) == 4
+        assert not engine.shares._active
