@@ -6,11 +6,14 @@
 //
 // Keys stand in pages of PAGE positions, transposed ([dim][PAGE]), so that a vector register holds the
 // same dimension of neighbouring keys; values stand as they are ([PAGE][dim], dim padded to VALUE_PAD).
-// All arithmetic is fp32; element types are fp32 or bf16.
+// Elements are fp32 or bf16, sums and softmax fp32. Where the processor multiplies bf16 by itself (DOT), keys
+// stand in pairs of dimensions ([dim / 2][PAGE][2]) and values in pairs of positions ([PAGE / 2][dim][2]); weights
+// and the scores' gradients are then rounded to bf16 before they are multiplied, as transformers rounds the weights.
 
 #include <cstdlib>
+#include <type_traits>
 
-#include "vector.h"
+#include "tiles.h"
 
 namespace {
 
@@ -21,56 +24,27 @@ constexpr float NEVER = -INFINITY;
 
 constexpr int PARTS = PAGE / W;
 
-// c[M][N * W] = (more ? c : 0) + a[M][k] b[k][N * W]; a has any strides.
-template <int M, int N, class T>
-inline void block(float* c, int ldc, const float* a, int row, int column, const T* b, int ldb, int depth, bool more) {
-  V sums[M][N];
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) sums[m][n] = more ? load(c + m * ldc + n * W) : zero();
-  for (int k = 0; k < depth; k++) {
-    V right[N];
-    for (int n = 0; n < N; n++) right[n] = load(b + (int64_t)k * ldb + n * W);
-    for (int m = 0; m < M; m++) {
-      V left = spread(a[m * row + k * column]);
-      for (int n = 0; n < N; n++) sums[m][n] = fma(left, right[n], sums[m][n]);
-    }
-  }
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) store(c + m * ldc + n * W, sums[m][n]);
-}
-
-template <int N, class T>
-void rows(float* c, int ldc, const float* a, int row, int column, const T* b, int ldb, int count, int depth, bool more) {
-  int m = 0;
-  for (; m + ROWS <= count; m += ROWS) block<ROWS, N>(c + m * ldc, ldc, a + m * row, row, column, b, ldb, depth, more);
-  float* to = c + m * ldc;
-  const float* from = a + m * row;
-  switch (count - m) {
-    case 1: return block<1, N>(to, ldc, from, row, column, b, ldb, depth, more);
-    case 2: return block<2, N>(to, ldc, from, row, column, b, ldb, depth, more);
-    case 3: return block<3, N>(to, ldc, from, row, column, b, ldb, depth, more);
-    case 4: return block<4, N>(to, ldc, from, row, column, b, ldb, depth, more);
-    case 5: return block<5, N>(to, ldc, from, row, column, b, ldb, depth, more);
-  }
-}
-
-// c[count][width] = (more ? c : 0) + a[count][depth] b[depth][width], width a multiple of W.
-template <class T>
-void product(float* c, int ldc, const float* a, int row, int column, const T* b, int ldb, int count, int width,
-             int depth, bool more) {
-  int n = 0;
-  for (; n + COLUMNS * W <= width; n += COLUMNS * W)
-    rows<COLUMNS>(c + n, ldc, a, row, column, b + n, ldb, count, depth, more);
-  for (; n < width; n += W) rows<1>(c + n, ldc, a, row, column, b + n, ldb, count, depth, more);
-}
-
 inline int padded(int n, int to) { return (n + to - 1) / to * to; }
 
+template <bool DOT>
+using Row = std::conditional_t<DOT, bf16, float>;  // what a left side of a product is made of
+
+// An array of its own, aligned, for as long as it is in scope.
+template <class E>
+struct Room {
+  E* data;
+  explicit Room(int64_t n) : data((E*)aligned_alloc(64, (sizeof(E) * std::max<int64_t>(n, 1) + 63) / 64 * 64)) {}
+  ~Room() { free(data); }
+  Room(const Room&) = delete;
+  operator E*() const { return data; }
+};
+
 // Scores of `count` rows against one page: scaled, NEVER where a row does not see the key.
-template <class T>
-void score(float* s, const float* q, int key_dim, const T* keys, const int* position, int first_key, int count,
+template <class T, bool DOT>
+void score(float* s, const Row<DOT>* q, int key_dim, const T* keys, const int* position, int first_key, int count,
            float scale, int window) {
-  product(s, PAGE, q, key_dim, 1, keys, PAGE, count, PAGE, key_dim, false);
+  if constexpr (DOT) dot_product(s, PAGE, q, key_dim / 2, 1, keys, PAGE, count, PAGE, key_dim / 2, false);
+  else product(s, PAGE, q, key_dim, 1, keys, PAGE, count, PAGE, key_dim, false);
   for (int r = 0; r < count; r++) {
     int seen_to = position[r] - first_key;                       // the last key that it sees
     int seen_from = window > 0 ? seen_to - window + 1 : INT32_MIN;  // the first one
@@ -90,12 +64,13 @@ void score(float* s, const float* q, int key_dim, const T* keys, const int* posi
 
 // Attention of up to TILE rows over pages [first, last). out: [count][value_pad] sums, not yet divided;
 // top and total: [count], the maximum and the sum of the exponentials, sinks included.
-template <class T>
-void attend(float* out, float* top, float* total, const float* q, const int* position, const float* sink,
+template <class T, bool DOT>
+void attend(float* out, float* top, float* total, const Row<DOT>* q, const int* position, const float* sink,
             const T* const* keys, const T* const* values, int first, int last, int count, int key_dim, int value_pad,
             float scale, int window) {
   alignas(64) float s[TILE * PAGE];
   alignas(64) float sums[TILE * W];
+  alignas(64) bf16 weights[DOT ? TILE * PAGE : 1];
   memset(out, 0, sizeof(float) * count * value_pad);
   memset(sums, 0, sizeof(sums));
   for (int r = 0; r < count; r++) {
@@ -103,14 +78,15 @@ void attend(float* out, float* top, float* total, const float* q, const int* pos
     if (sink) sums[r * W] = 1.0f;
   }
   for (int page = first; page < last; page++) {
-    score(s, q, key_dim, keys[page], position, page * PAGE, count, scale, window);
+    score<T, DOT>(s, q, key_dim, keys[page], position, page * PAGE, count, scale, window);
     for (int r = 0; r < count; r++) {
       float* row = s + r * PAGE;
       V most = load(row);
       for (int i = 1; i < PARTS; i++) most = maximum(most, load(row + i * W));
       float highest = std::max(top[r], maximum_of(most));
       if (highest == NEVER) {
-        memset(row, 0, sizeof(float) * PAGE);
+        if constexpr (DOT) memset((void*)(weights + r * PAGE), 0, sizeof(bf16) * PAGE);
+        else memset(row, 0, sizeof(float) * PAGE);
         continue;
       }
       V sum = load(sums + r * W);
@@ -124,11 +100,14 @@ void attend(float* out, float* top, float* total, const float* q, const int* pos
       for (int i = 0; i < PARTS; i++) {
         V p = exponential(sub(load(row + i * W), spread(highest)));
         sum = add(sum, p);
-        store(row + i * W, p);
+        if constexpr (DOT) store(weights + r * PAGE + i * W, p);
+        else store(row + i * W, p);
       }
       store(sums + r * W, sum);
     }
-    product(out, value_pad, s, PAGE, 1, values[page], value_pad, count, value_pad, PAGE, true);
+    if constexpr (DOT)
+      dot_product(out, value_pad, weights, PAGE / 2, 1, values[page], value_pad, count, value_pad, PAGE / 2, true);
+    else product(out, value_pad, s, PAGE, 1, values[page], value_pad, count, value_pad, PAGE, true);
   }
   for (int r = 0; r < count; r++) {
     total[r] = sum_of(load(sums + r * W));
@@ -136,36 +115,61 @@ void attend(float* out, float* top, float* total, const float* q, const int* pos
   }
 }
 
-template <class T>
-void gather(float* to, const T* from, int64_t stride, int count, int dim, int pad) {
+inline void take_row(float* to, const float* from, int dim) { std::copy(from, from + dim, to); }
+inline void take_row(bf16* to, const bf16* from, int dim) { std::copy(from, from + dim, to); }
+inline void take_row(float* to, const bf16* from, int dim) {
+  for (int d = 0; d < dim; d++) to[d] = value(from[d]);
+}
+
+template <class R, class T>
+void gather(R* to, const T* from, int64_t stride, int count, int dim, int pad) {
   for (int r = 0; r < count; r++) {
-    for (int d = 0; d < dim; d++) to[r * pad + d] = value(from[r * stride + d]);
-    for (int d = dim; d < pad; d++) to[r * pad + d] = 0.0f;
+    take_row(to + (int64_t)r * pad, from + r * stride, dim);
+    for (int d = dim; d < pad; d++) to[(int64_t)r * pad + d] = R{0};
   }
 }
 
-// Rows of keys [count][dim] into pages [dim][PAGE], the rest of the last page zeros.
-template <class T>
-void transpose_pages(T* to, const T* from, int64_t stride, int count, int dim) {
-  for (int page = 0; page * PAGE < count; page++) {
-    T* p = to + (int64_t)page * dim * PAGE;
-    int filled = std::min(PAGE, count - page * PAGE);
-    if (filled < PAGE) memset((void*)p, 0, sizeof(T) * dim * PAGE);
+// A key into its place of a page.
+template <bool DOT, class T, class S>
+inline void put_key(T* page, const S* key, int place, int dim) {
+  if constexpr (DOT)
+    for (int d = 0; d < dim; d += 2) {
+      T* two = page + ((int64_t)(d / 2) * PAGE + place) * 2;
+      two[0] = key[d], two[1] = d + 1 < dim ? key[d + 1] : T{0};
+    }
+  else
+    for (int d = 0; d < dim; d++) take_row(page + (int64_t)d * PAGE + place, key + d, 1);
+}
+
+template <bool DOT, class T>
+inline void put_value(T* page, const T* from, int place, int dim, int pad) {
+  if constexpr (DOT) {
+    T* to = page + (int64_t)(place / 2) * pad * 2 + place % 2;
+    for (int d = 0; d < dim; d++) to[2 * d] = from[d];
+  } else
+    std::copy(from, from + dim, page + (int64_t)place * pad);
+}
+
+// Keys and values [count][dim] into pages, zeros in what is left of the last one.
+template <bool DOT, class T>
+void fill_pages(T* keys, T* values, const T* k, int64_t k_row, const T* v, int64_t v_row, int count, int key_dim,
+                int value_dim, int value_pad) {
+  for (int first = 0; first < count; first += PAGE) {
+    int filled = std::min(PAGE, count - first);
+    T *key_page = keys + (int64_t)first * key_dim, *value_page = values + (int64_t)first * value_pad;
+    if (filled < PAGE) memset((void*)key_page, 0, sizeof(T) * key_dim * PAGE);
+    if (filled < PAGE || value_dim < value_pad) memset((void*)value_page, 0, sizeof(T) * value_pad * PAGE);
     for (int j = 0; j < filled; j++) {
-      const T* key = from + (int64_t)(page * PAGE + j) * stride;
-      for (int d = 0; d < dim; d++) p[d * PAGE + j] = key[d];
+      put_key<DOT>(key_page, k + (first + j) * k_row, j, key_dim);
+      put_value<DOT>(value_page, v + (first + j) * v_row, j, value_dim, value_pad);
     }
   }
 }
 
 template <class T>
-void copy_pages(T* to, const T* from, int64_t stride, int count, int dim, int pad) {
-  for (int j = 0; j < padded(count, PAGE); j++) {
-    T* row = to + (int64_t)j * pad;
-    int n = j < count ? dim : 0;
-    if (n) memcpy((void*)row, from + j * stride, sizeof(T) * n);
-    memset((void*)(row + n), 0, sizeof(T) * (pad - n));
-  }
+inline void divide_row(T* to, const float* sums, float total, int dim) {
+  const V by = spread(total);
+  each(dim, [&](int64_t d, int64_t n) { give(to + d, divide(load(sums + d), by), n); });
 }
 
 struct Layout {  // of q, k, v, out and their gradients: [rows][heads][dim] with any strides but that of dim
@@ -174,23 +178,22 @@ struct Layout {  // of q, k, v, out and their gradients: [rows][heads][dim] with
 
 int first_page(int position, int window) { return window > 0 ? std::max(0, position - window + 1) / PAGE : 0; }
 
-template <class T>
+template <class T, bool DOT>
 void train_forward(const T* q, const T* k, const T* v, T* out, float* top, float* total, const int* spans, int count,
                    Layout at, int heads, int kv_heads, int key_dim, int value_dim, int total_rows, float scale,
                    int window, const float* sinks, int threads) {
   const int group = heads / kv_heads, value_pad = padded(value_dim, VALUE_PAD);
   struct Task { int span, head, tile; };
   int64_t pages = 0, tasks = 0;
-  int64_t* page_of = (int64_t*)malloc(sizeof(int64_t) * (count + 1));
+  Room<int64_t> page_of(count + 1);
   for (int i = 0; i < count; i++) {
     page_of[i] = pages;
     pages += (spans[2 * i + 1] + PAGE - 1) / PAGE;
     tasks += (int64_t)heads * ((spans[2 * i + 1] + TILE - 1) / TILE);
   }
   page_of[count] = pages;
-  T* kp = (T*)aligned_alloc(64, sizeof(T) * pages * PAGE * kv_heads * padded(key_dim, 32));
-  T* vp = (T*)aligned_alloc(64, sizeof(T) * pages * PAGE * kv_heads * padded(value_pad, 32));
-  Task* list = (Task*)malloc(sizeof(Task) * tasks);
+  Room<T> kp(pages * PAGE * kv_heads * key_dim), vp(pages * PAGE * kv_heads * value_pad);
+  Room<Task> list(tasks);
   int64_t n = 0;
   for (int i = 0; i < count; i++)  // the dearest ones first
     for (int tile = (spans[2 * i + 1] - 1) / TILE; tile >= 0; tile--)
@@ -201,14 +204,12 @@ void train_forward(const T* q, const T* k, const T* v, T* out, float* top, float
     for (int job = 0; job < count * kv_heads; job++) {
       int i = job / kv_heads, h = job % kv_heads, start = spans[2 * i], length = spans[2 * i + 1];
       int64_t page = page_of[i] * kv_heads + (int64_t)h * (page_of[i + 1] - page_of[i]);
-      transpose_pages(kp + page * PAGE * key_dim, k + h * at.k_head + start * at.k_row, at.k_row, length, key_dim);
-      copy_pages(vp + page * PAGE * value_pad, v + h * at.v_head + start * at.v_row, at.v_row, length, value_dim,
-                 value_pad);
+      fill_pages<DOT>(kp + page * PAGE * key_dim, vp + page * PAGE * value_pad, k + h * at.k_head + start * at.k_row,
+                      at.k_row, v + h * at.v_head + start * at.v_row, at.v_row, length, key_dim, value_dim, value_pad);
     }
-    float* rows_q = (float*)aligned_alloc(64, sizeof(float) * TILE * padded(key_dim, 16));
-    float* sums = (float*)aligned_alloc(64, sizeof(float) * TILE * value_pad);
-    const T** keys = (const T**)malloc(sizeof(T*) * (pages + 1));
-    const T** values = (const T**)malloc(sizeof(T*) * (pages + 1));
+    Room<Row<DOT>> rows_q(TILE * key_dim);
+    Room<float> sums(TILE * value_pad);
+    Room<const T*> keys(pages), values(pages);
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < tasks; job++) {
       Task t = list[job];
@@ -226,24 +227,74 @@ void train_forward(const T* q, const T* k, const T* v, T* out, float* top, float
         position[r] = from + r;
         if (sinks) sink[r] = sinks[t.head];
       }
-      gather(rows_q, q + t.head * at.q_head + (start + from) * at.q_row, at.q_row, rows_here, key_dim, key_dim);
-      attend(sums, top_here, total_here, rows_q, position, sinks ? sink : nullptr, keys, values,
-             first_page(from, window), last, rows_here, key_dim, value_pad, scale, window);
+      gather(rows_q.data, q + t.head * at.q_head + (start + from) * at.q_row, at.q_row, rows_here, key_dim, key_dim);
+      attend<T, DOT>(sums, top_here, total_here, rows_q, position, sinks ? sink : nullptr, keys, values,
+                     first_page(from, window), last, rows_here, key_dim, value_pad, scale, window);
       for (int r = 0; r < rows_here; r++) {
         int64_t row = start + from + r;
         T* o = out + (row * heads + t.head) * value_dim;
-        for (int d = 0; d < value_dim; d++) put(o + d, sums[r * value_pad + d] / total_here[r]);
+        divide_row(o, sums + r * value_pad, total_here[r], value_dim);
         top[t.head * (int64_t)total_rows + row] = top_here[r];
         total[t.head * (int64_t)total_rows + row] = total_here[r];
       }
     }
-    free(rows_q), free(sums), free(keys), free(values);
   }
-  free(page_of), free(kp), free(vp), free(list);
+}
+
+// What one thread needs for the gradients of a sequence and a key-value head: all query rows of its group, and one
+// page of keys. Rows of bf16 stand twice: as they are, and in pairs of rows.
+template <bool DOT>
+struct Scratch {
+  Room<Row<DOT>> q, grad, ds, keys, keys_t, values_t;
+  Room<bf16> q_pairs, grad_pairs, p_pairs, ds_pairs;
+  Room<float> dq, deltas, dk, dv, s, dp;
+  Scratch(int64_t rows, int key_pad, int value_pad)
+      : q(rows * key_pad), grad(rows * value_pad), ds(TILE * PAGE), keys(PAGE * key_pad), keys_t(PAGE * key_pad),
+        values_t(PAGE * value_pad), q_pairs(DOT ? rows * key_pad : 1), grad_pairs(DOT ? rows * value_pad : 1),
+        p_pairs(DOT ? TILE * PAGE : 1), ds_pairs(DOT ? TILE * PAGE : 1), dq(rows * key_pad), deltas(rows),
+        dk(PAGE * key_pad), dv(PAGE * value_pad), s(TILE * PAGE), dp(TILE * PAGE) {}
+};
+
+// The weights and the gradients of the scores of a tile, from scores and d weights, in place.
+struct Mask {
+  int first_key, from, window;
+};
+inline void score_gradients(float* s, float* dp, const float* top, const float* total, const float* deltas, int count,
+                            Mask mask, float scale) {
+  for (int r = 0; r < count; r++) {
+    int seen_to = mask.from + r - mask.first_key;
+    int seen_from = mask.window > 0 ? seen_to - mask.window + 1 : INT32_MIN;
+    bool whole = seen_to >= PAGE - 1 && seen_from <= 0;
+    V highest = spread(top[r]), share = spread(1.0f / total[r]), delta = spread(deltas[r]);
+    for (int c = 0; c < PARTS; c++) {
+      float *ps = s + r * PAGE + c * W, *pd = dp + r * PAGE + c * W;
+      V p = mul(exponential(sub(mul(load(ps), spread(scale)), highest)), share);
+      if (!whole) {
+        V column = add(lanes(), spread((float)(c * W)));
+        p = where_below(spread((float)seen_to), column, zero(), p);
+        if (mask.window > 0) p = where_below(column, spread((float)seen_from), zero(), p);
+      }
+      store(ps, p);
+      store(pd, mul(mul(sub(load(pd), delta), p), spread(scale)));
+    }
+  }
+}
+
+// Rows [count][PAGE] of fp32 to bf16, in pairs of rows.
+inline void round_pairs(bf16* to, const float* from, int count) {
+  for (int r = 0; r < count; r += 2)
+    for (int c = 0; c < PAGE; c += W)
+      store_pairs(to + r * PAGE + 2 * c, load(from + r * PAGE + c), r + 1 < count ? load(from + (r + 1) * PAGE + c) : zero());
+}
+
+// A row of fp32, rounded to the element type.
+template <class T>
+inline void give_row(T* to, const float* from, int dim) {
+  each(dim, [&](int64_t d, int64_t n) { give(to + d, load(from + d), n); });
 }
 
 // Gradients of one sequence and one key-value head, page after page of keys.
-template <class T>
+template <class T, bool DOT>
 void train_backward(const T* q, const T* k, const T* v, const T* out, const T* grad, const float* top,
                     const float* total, T* dq, T* dk, T* dv, const int* spans, int count, Layout at, int64_t grad_head,
                     int64_t grad_row, int heads, int kv_heads, int key_dim, int value_dim, int total_rows, float scale,
@@ -254,99 +305,94 @@ void train_backward(const T* q, const T* k, const T* v, const T* out, const T* g
   for (int i = 0; i < count; i++) longest = std::max(longest, padded(spans[2 * i + 1], PAGE));
 #pragma omp parallel num_threads(threads)
   {
-    auto room = [](int64_t n) { return (float*)aligned_alloc(64, sizeof(float) * ((n + 15) / 16 * 16)); };
-    float* qs = room((int64_t)group * longest * key_pad);
-    float* dos = room((int64_t)group * longest * value_pad);
-    float* dqs = room((int64_t)group * longest * key_pad);
-    float* deltas = room((int64_t)group * longest);
-    float *keys = room(PAGE * key_pad), *keys_t = room(PAGE * key_dim), *values_t = room(PAGE * value_dim);
-    float *dks = room(PAGE * key_pad), *dvs = room(PAGE * value_pad);
-    float *s = room(TILE * PAGE), *dp = room(TILE * PAGE);
+    Scratch<DOT> mine((int64_t)group * longest, key_pad, value_pad);
 #pragma omp for schedule(dynamic)
     for (int job = 0; job < count * kv_heads; job++) {
       int i = job / kv_heads, own = job % kv_heads, start = spans[2 * i], length = spans[2 * i + 1];
       for (int g = 0; g < group; g++) {
         int h = own * group + g;
-        float* to = dos + (int64_t)g * longest * value_pad;
-        gather(qs + (int64_t)g * longest * key_pad, q + h * at.q_head + start * at.q_row, at.q_row, length, key_dim,
-               key_pad);
-        gather(to, grad + h * grad_head + start * grad_row, grad_row, length, value_dim, value_pad);
+        const int64_t row = (int64_t)g * longest;
+        const T *of_q = q + h * at.q_head + start * at.q_row, *of_grad = grad + h * grad_head + start * grad_row;
+        gather(mine.q + row * key_pad, of_q, at.q_row, length, key_dim, key_pad);
+        gather(mine.grad + row * value_pad, of_grad, grad_row, length, value_dim, value_pad);
+        if constexpr (DOT) {
+          pair_rows(mine.q_pairs + row * key_pad, of_q, at.q_row, length, key_dim, key_pad);
+          pair_rows(mine.grad_pairs + row * value_pad, of_grad, grad_row, length, value_dim, value_pad);
+        }
         for (int r = 0; r < length; r++) {
           const T* o = out + ((int64_t)(start + r) * heads + h) * value_dim;
-          float sum = 0;
-          for (int d = 0; d < value_dim; d++) sum += value(o[d]) * to[(int64_t)r * value_pad + d];
-          deltas[(int64_t)g * longest + r] = sum;
+          V sum = zero();
+          each(value_dim, [&](int64_t d, int64_t n) { sum = fma(take(o + d, n), take(of_grad + r * grad_row + d, n), sum); });
+          mine.deltas[row + r] = sum_of(sum);
         }
       }
-      memset(dqs, 0, sizeof(float) * group * longest * key_pad);
+      memset(mine.dq, 0, sizeof(float) * group * longest * key_pad);
       for (int first = 0; first < length; first += PAGE) {
         int filled = std::min(PAGE, length - first);
         const T* kk = k + own * at.k_head + (int64_t)(start + first) * at.k_row;
         const T* vv = v + own * at.v_head + (int64_t)(start + first) * at.v_row;
-        memset(keys, 0, sizeof(float) * PAGE * key_pad);
-        memset(keys_t, 0, sizeof(float) * PAGE * key_dim);
-        memset(values_t, 0, sizeof(float) * PAGE * value_dim);
+        memset((void*)mine.keys.data, 0, sizeof(Row<DOT>) * PAGE * key_pad);
+        memset((void*)mine.keys_t.data, 0, sizeof(Row<DOT>) * PAGE * key_pad);
+        memset((void*)mine.values_t.data, 0, sizeof(Row<DOT>) * PAGE * value_pad);
+        if constexpr (DOT) pair_rows(mine.keys, kk, at.k_row, filled, key_dim, key_pad);
+        else gather(mine.keys.data, kk, at.k_row, filled, key_dim, key_pad);
         for (int j = 0; j < filled; j++) {
-          for (int d = 0; d < key_dim; d++) keys[j * key_pad + d] = keys_t[d * PAGE + j] = value(kk[j * at.k_row + d]);
-          for (int d = 0; d < value_dim; d++) values_t[d * PAGE + j] = value(vv[j * at.v_row + d]);
+          put_key<DOT>(mine.keys_t.data, kk + j * at.k_row, j, key_dim);
+          put_key<DOT>(mine.values_t.data, vv + j * at.v_row, j, value_dim);
         }
-        memset(dks, 0, sizeof(float) * PAGE * key_pad);
-        memset(dvs, 0, sizeof(float) * PAGE * value_pad);
+        memset(mine.dk, 0, sizeof(float) * PAGE * key_pad);
+        memset(mine.dv, 0, sizeof(float) * PAGE * value_pad);
         int beyond = window > 0 ? std::min(length, first + PAGE - 1 + window) : length;  // rows that see the page
         for (int g = 0; g < group; g++) {
-          int h = own * group + g;
           for (int from = first; from < beyond; from += TILE) {
-            int n = std::min(TILE, length - from);
-            int position[TILE];
-            for (int r = 0; r < n; r++) position[r] = from + r;
-            const float* q_tile = qs + ((int64_t)g * longest + from) * key_pad;
-            const float* do_tile = dos + ((int64_t)g * longest + from) * value_pad;
-            product(s, PAGE, q_tile, key_pad, 1, keys_t, PAGE, n, PAGE, key_dim, false);
-            product(dp, PAGE, do_tile, value_pad, 1, values_t, PAGE, n, PAGE, value_dim, false);
-            for (int r = 0; r < n; r++) {
-              int64_t row = (int64_t)h * total_rows + start + from + r;
-              int seen_to = position[r] - first, seen_from = window > 0 ? seen_to - window + 1 : INT32_MIN;
-              bool whole = seen_to >= PAGE - 1 && seen_from <= 0;
-              V highest = spread(top[row]), share = spread(1.0f / total[row]);
-              V delta = spread(deltas[(int64_t)g * longest + from + r]);
-              for (int c = 0; c < PARTS; c++) {
-                float *ps = s + r * PAGE + c * W, *pd = dp + r * PAGE + c * W;
-                V p = mul(exponential(sub(mul(load(ps), spread(scale)), highest)), share);
-                if (!whole) {
-                  V column = add(lanes(), spread((float)(c * W)));
-                  p = where_below(spread((float)seen_to), column, zero(), p);
-                  if (window > 0) p = where_below(column, spread((float)seen_from), zero(), p);
-                }
-                store(ps, p);
-                store(pd, mul(mul(sub(load(pd), delta), p), spread(scale)));
-              }
+            const int n = std::min(TILE, length - from);
+            const int64_t row = (int64_t)g * longest + from;
+            const int64_t of_all = (int64_t)(own * group + g) * total_rows + start + from;
+            const Row<DOT>*of_q = mine.q + row * key_pad, *of_grad = mine.grad + row * value_pad;
+            if constexpr (DOT) {
+              dot_product(mine.s, PAGE, of_q, key_pad / 2, 1, mine.keys_t, PAGE, n, PAGE, key_dim / 2, false);
+              dot_product(mine.dp, PAGE, of_grad, value_pad / 2, 1, mine.values_t, PAGE, n, PAGE, value_pad / 2, false);
+            } else {
+              product(mine.s, PAGE, of_q, key_pad, 1, mine.keys_t.data, PAGE, n, PAGE, key_dim, false);
+              product(mine.dp, PAGE, of_grad, value_pad, 1, mine.values_t.data, PAGE, n, PAGE, value_dim, false);
             }
-            product(dvs, value_pad, s, 1, PAGE, do_tile, value_pad, PAGE, value_pad, n, true);
-            product(dks, key_pad, dp, 1, PAGE, q_tile, key_pad, PAGE, key_pad, n, true);
-            product(dqs + ((int64_t)g * longest + from) * key_pad, key_pad, dp, PAGE, 1, keys, key_pad, n, key_pad,
-                    PAGE, true);
+            score_gradients(mine.s, mine.dp, top + of_all, total + of_all, mine.deltas + row, n, {first, from, window},
+                            scale);
+            float* of_dq = mine.dq + row * key_pad;
+            if constexpr (DOT) {
+              const int pairs = (n + 1) / 2;
+              round_pairs(mine.p_pairs, mine.s, n);
+              round_pairs(mine.ds_pairs, mine.dp, n);
+              for (int c = 0; c < n * PAGE; c += W) store(mine.ds + c, load(mine.dp + c));
+              dot_product(mine.dv, value_pad, mine.p_pairs, 1, PAGE, mine.grad_pairs + row * value_pad, value_pad, PAGE,
+                          value_pad, pairs, true);
+              dot_product(mine.dk, key_pad, mine.ds_pairs, 1, PAGE, mine.q_pairs + row * key_pad, key_pad, PAGE,
+                          key_pad, pairs, true);
+              dot_product(of_dq, key_pad, mine.ds, PAGE / 2, 1, mine.keys, key_pad, n, key_pad, PAGE / 2, true);
+            } else {
+              product(mine.dv, value_pad, mine.s, 1, PAGE, of_grad, value_pad, PAGE, value_pad, n, true);
+              product(mine.dk, key_pad, mine.dp, 1, PAGE, of_q, key_pad, PAGE, key_pad, n, true);
+              product(of_dq, key_pad, mine.dp, PAGE, 1, mine.keys.data, key_pad, n, key_pad, PAGE, true);
+            }
           }
         }
         for (int j = 0; j < filled; j++) {
           int64_t row = (int64_t)(start + first + j) * kv_heads + own;
-          for (int d = 0; d < key_dim; d++) put(dk + row * key_dim + d, dks[j * key_pad + d]);
-          for (int d = 0; d < value_dim; d++) put(dv + row * value_dim + d, dvs[j * value_pad + d]);
+          give_row(dk + row * key_dim, mine.dk + j * key_pad, key_dim);
+          give_row(dv + row * value_dim, mine.dv + j * value_pad, value_dim);
         }
       }
       for (int g = 0; g < group; g++)
-        for (int r = 0; r < length; r++) {
-          T* to = dq + ((int64_t)(start + r) * heads + own * group + g) * key_dim;
-          for (int d = 0; d < key_dim; d++) put(to + d, dqs[((int64_t)g * longest + r) * key_pad + d]);
-        }
+        for (int r = 0; r < length; r++)
+          give_row(dq + ((int64_t)(start + r) * heads + own * group + g) * key_dim,
+                   mine.dq + ((int64_t)g * longest + r) * key_pad, key_dim);
     }
-    free(qs), free(dos), free(dqs), free(deltas), free(keys), free(keys_t), free(values_t), free(dks), free(dvs);
-    free(s), free(dp);
   }
 }
 
 // New keys and values into their pages, then attention over the pages. chunks: (row, length, position,
 // where its page numbers begin in `pages`) of each sequence.
-template <class T>
+template <class T, bool DOT>
 void paged(const T* q, const T* k, const T* v, T* out, T* key_pages, T* value_pages, const int* chunks, int count,
            const int* pages, Layout at, int heads, int kv_heads, int key_dim, int value_dim, float scale, int window,
            const float* sinks, int threads) {
@@ -360,7 +406,7 @@ void paged(const T* q, const T* k, const T* v, T* out, T* key_pages, T* value_pa
     most = std::max(most, (chunks[4 * i + 2] + chunks[4 * i + 1] - 1) / PAGE + 1);
   }
   struct Task { int chunk, from; };
-  Task* list = (Task*)malloc(sizeof(Task) * (tasks + 1));
+  Room<Task> list(tasks);
   int64_t n = 0;
   for (int i = 0; i < count; i++)
     for (int from = 0; from < chunks[4 * i + 1]; from += together) list[n++] = {i, from};
@@ -374,15 +420,14 @@ void paged(const T* q, const T* k, const T* v, T* out, T* key_pages, T* value_pa
         int position = c[2] + j, place = position % PAGE;
         int64_t page = (int64_t)pages[c[3] + position / PAGE] * kv_heads + h;
         const T* key = k + h * at.k_head + (int64_t)(c[0] + j) * at.k_row;
-        for (int d = 0; d < key_dim; d++) key_pages[page * key_page + (int64_t)d * PAGE + place] = key[d];
-        memcpy((void*)(value_pages + page * value_page + (int64_t)place * value_pad),
-               v + h * at.v_head + (int64_t)(c[0] + j) * at.v_row, sizeof(T) * value_dim);
+        put_key<DOT>(key_pages + page * key_page, key, place, key_dim);
+        put_value<DOT>(value_pages + page * value_page, v + h * at.v_head + (int64_t)(c[0] + j) * at.v_row, place,
+                       value_dim, value_pad);
       }
     }
-    float* rows_q = (float*)aligned_alloc(64, sizeof(float) * TILE * padded(key_dim, 16));
-    float* sums = (float*)aligned_alloc(64, sizeof(float) * TILE * value_pad);
-    const T** keys = (const T**)malloc(sizeof(T*) * (most + 1));
-    const T** values = (const T**)malloc(sizeof(T*) * (most + 1));
+    Room<Row<DOT>> rows_q(TILE * key_dim);
+    Room<float> sums(TILE * value_pad);
+    Room<const T*> keys(most), values(most);
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < tasks * kv_heads; job++) {
       Task t = list[job / kv_heads];
@@ -403,25 +448,31 @@ void paged(const T* q, const T* k, const T* v, T* out, T* key_pages, T* value_pa
             int r = j * heads_here + g, h = own * group + g0 + g;
             position[r] = low + j;
             if (sinks) sink[r] = sinks[h];
-            gather(rows_q + (int64_t)r * key_dim, q + h * at.q_head + (int64_t)(c[0] + t.from + j) * at.q_row, 0, 1,
+            gather(rows_q.data + (int64_t)r * key_dim, q + h * at.q_head + (int64_t)(c[0] + t.from + j) * at.q_row, 0, 1,
                    key_dim, key_dim);
           }
-        attend(sums, top, total, rows_q, position, sinks ? sink : nullptr, keys, values, first, last, rows_here,
-               key_dim, value_pad, scale, window);
+        attend<T, DOT>(sums, top, total, rows_q, position, sinks ? sink : nullptr, keys, values, first, last,
+                       rows_here, key_dim, value_pad, scale, window);
         for (int j = 0; j < positions; j++)
           for (int g = 0; g < heads_here; g++) {
             int r = j * heads_here + g;
             T* o = out + ((int64_t)(c[0] + t.from + j) * heads + own * group + g0 + g) * value_dim;
-            for (int d = 0; d < value_dim; d++) put(o + d, sums[r * value_pad + d] / total[r]);
+            divide_row(o, sums + r * value_pad, total[r], value_dim);
           }
       }
     }
-    free(rows_q), free(sums), free(keys), free(values);
   }
-  free(list);
 }
 
 }  // namespace
+
+// Heads of an odd size have no pairs of dimensions.
+template <class T, class F>
+inline void choose(int key_dim, F f) {
+  if constexpr (DOTS && std::is_same_v<T, bf16>)
+    if (key_dim % 2 == 0) return f(std::true_type{});
+  f(std::false_type{});
+}
 
 #define FOR_TYPE(name, T)                                                                                             \
   extern "C" void train_forward_##name(                                                                               \
@@ -429,25 +480,31 @@ void paged(const T* q, const T* k, const T* v, T* out, T* key_pages, T* value_pa
       const int64_t* at, int heads, int kv_heads, int key_dim, int value_dim, int rows, float scale, int window,      \
       const float* sinks, int threads) {                                                                              \
     Layout layout = {at[0], at[1], at[2], at[3], at[4], at[5]};                                                       \
-    train_forward((const T*)q, (const T*)k, (const T*)v, (T*)out, top, total, spans, count, layout, heads, kv_heads,  \
-                  key_dim, value_dim, rows, scale, window, sinks, threads);                                           \
+    choose<T>(key_dim, [&](auto dot) {                                                                                \
+      train_forward<T, dot>((const T*)q, (const T*)k, (const T*)v, (T*)out, top, total, spans, count, layout, heads,  \
+                            kv_heads, key_dim, value_dim, rows, scale, window, sinks, threads);                       \
+    });                                                                                                               \
   }                                                                                                                   \
   extern "C" void train_backward_##name(                                                                              \
       const void* q, const void* k, const void* v, const void* out, const void* grad, const float* top,               \
       const float* total, void* dq, void* dk, void* dv, const int* spans, int count, const int64_t* at, int heads,    \
       int kv_heads, int key_dim, int value_dim, int rows, float scale, int window, int threads) {                     \
     Layout layout = {at[0], at[1], at[2], at[3], at[4], at[5]};                                                       \
-    train_backward((const T*)q, (const T*)k, (const T*)v, (const T*)out, (const T*)grad, top, total, (T*)dq, (T*)dk,  \
-                   (T*)dv, spans, count, layout, at[6], at[7], heads, kv_heads, key_dim, value_dim, rows, scale,      \
-                   window, threads);                                                                                  \
+    choose<T>(key_dim, [&](auto dot) {                                                                                \
+      train_backward<T, dot>((const T*)q, (const T*)k, (const T*)v, (const T*)out, (const T*)grad, top, total,        \
+                             (T*)dq, (T*)dk, (T*)dv, spans, count, layout, at[6], at[7], heads, kv_heads, key_dim,    \
+                             value_dim, rows, scale, window, threads);                                                \
+    });                                                                                                               \
   }                                                                                                                   \
   extern "C" void paged_##name(const void* q, const void* k, const void* v, void* out, void* key_pages,               \
                                void* value_pages, const int* chunks, int count, const int* pages, const int64_t* at,  \
                                int heads, int kv_heads, int key_dim, int value_dim, float scale, int window,          \
                                const float* sinks, int threads) {                                                     \
     Layout layout = {at[0], at[1], at[2], at[3], at[4], at[5]};                                                       \
-    paged((const T*)q, (const T*)k, (const T*)v, (T*)out, (T*)key_pages, (T*)value_pages, chunks, count, pages,       \
-          layout, heads, kv_heads, key_dim, value_dim, scale, window, sinks, threads);                                \
+    choose<T>(key_dim, [&](auto dot) {                                                                                \
+      paged<T, dot>((const T*)q, (const T*)k, (const T*)v, (T*)out, (T*)key_pages, (T*)value_pages, chunks, count,    \
+                    pages, layout, heads, kv_heads, key_dim, value_dim, scale, window, sinks, threads);               \
+    });                                                                                                               \
   }
 
 FOR_TYPE(fp32, float)

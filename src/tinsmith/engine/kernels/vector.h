@@ -32,9 +32,6 @@ inline V where_below(V x, V limit, V yes, V no) {  // x < limit ? yes : no
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), no, yes);
 }
 inline V nearest(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline V power_of_two(V n) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
 inline V lanes() { return _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int W = 8, COLUMNS = 2, ROWS = 5;
@@ -72,15 +69,22 @@ inline float sum_of(V x) {
 }
 
 inline float maximum_of(V x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#else
   float lane[W];
   store(lane, x);
   return *std::max_element(lane, lane + W);
+#endif
 }
 
-// exp(x) for x <= 0, within 2 ulp; 0 below -87.
+// exp(x) for x <= 0, within 2 ulp; exactly 0 far below.
 inline V exponential(V x) {
-  const V low = spread(-87.0f);
-  V y = maximum(x, low);
+#if defined(__AVX512F__)
+  const V y = maximum(x, spread(-200.0f));
+#else
+  const V low = spread(-87.0f), y = maximum(x, low);
+#endif
   V n = nearest(mul(y, spread(1.44269504088896341f)));
   V r = fma(n, spread(-0.693359375f), y);
   r = fma(n, spread(2.12194440e-4f), r);
@@ -91,7 +95,11 @@ inline V exponential(V x) {
   p = fma(p, r, spread(1.6666665459e-1f));
   p = fma(p, r, spread(5.0000001201e-1f));
   p = fma(p, mul(r, r), add(r, spread(1.0f)));
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
   return where_below(x, low, zero(), mul(p, power_of_two(n)));
+#endif
 }
 
 inline float exponential(float x) {
@@ -115,7 +123,9 @@ inline void put(bf16* p, float x) {  // to nearest, ties to even
 }
 
 inline void store(bf16* p, V x) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+#elif defined(__AVX512F__)
   const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
   __m512i out = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd)), 16);
