@@ -25,7 +25,7 @@ NEVER = {
     "blobs": {"torch", "sqlalchemy", "starlette"},
     "store": {"torch", "starlette", "tinker"},
     "engine": {"sqlalchemy", "alembic", "starlette", "uvicorn", "tinker", "peft"},
-    "service": {"torch", "transformers", "starlette", "uvicorn", "tinker"},
+    "service": {"torch", "transformers", "sqlalchemy", "starlette", "uvicorn", "tinker"},
     "api": {"torch", "transformers", "sqlalchemy", "tinker"},
 }
 

@@ -11,6 +11,7 @@ from alembic.config import Config
 
 import tinsmith.store
 from tinsmith.store import Store, keys, people, projects, runs, sessions
+from tinsmith.store.scope import SERVER
 
 
 def _make(folder: Path, revision: str, statements: str) -> None:
@@ -64,7 +65,7 @@ def test_who_had_only_organizations_and_keys_gets_users_and_projects(tmp_path: P
     assert store.write_now(lambda c: people.members(c, "o3")) == []
 
     def project_of(connection: sa.Connection, session: str) -> tuple[str, str]:
-        row = sessions.get(connection, session)
+        row = sessions.get(connection, session, SERVER)
         assert row is not None
         project = projects.find(connection, row.org_id, row.project_id)
         assert project is not None
@@ -74,7 +75,7 @@ def test_who_had_only_organizations_and_keys_gets_users_and_projects(tmp_path: P
     assert store.write_now(lambda c: project_of(c, "s2")) == ("o1", "papers")
     assert store.write_now(lambda c: project_of(c, "s3"))[1].startswith("Default ")
     assert store.write_now(lambda c: project_of(c, "s4")) == ("o2", "papers")
-    run = store.write_now(lambda c: runs.get(c, "s1:train:0"))
+    run = store.write_now(lambda c: runs.get(c, "s1:train:0", SERVER))
     assert run is not None
     assert (run.user_id, run.project_id) == (rows["k1"].user_id, by_org["o1"][0].id)
     store.close()

@@ -19,6 +19,7 @@ from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.commands import CommandRow
 from tinsmith.store.database import migrate
 from tinsmith.store.runs import RunRow
+from tinsmith.store.scope import SERVER
 from tinsmith.store.sessions import SessionRow
 from tinsmith.store.tables import metadata
 from tinsmith.wire.paths import TinkerPath
@@ -84,7 +85,7 @@ def test_sqlite_is_set_up_to_survive_a_power_cut(store: Store, tmp_path: Path) -
 
 def test_ids_are_64_bits_wide(store: Store, run: RunRow) -> None:
     store.write_now(lambda connection: commands.add(connection, _command(run, BIG)))
-    (row,) = store.write_now(lambda connection: commands.of_run(connection, run.id))
+    (row,) = store.write_now(lambda connection: commands.of_run(connection, run.id, SERVER))
     assert row.seq_id == BIG
 
 
@@ -92,7 +93,7 @@ def test_a_place_in_a_run_is_given_once(store: Store, run: RunRow) -> None:
     assert store.write_now(lambda connection: commands.add(connection, _command(run, 1))) is None
     other = _command(run, 1, request_id="other", kind="save_weights")
     assert store.write_now(lambda connection: commands.add(connection, other)) == f"{run.id}:1"
-    (row,) = store.write_now(lambda connection: commands.of_run(connection, run.id))
+    (row,) = store.write_now(lambda connection: commands.of_run(connection, run.id, SERVER))
     assert row.kind == "optim_step"
 
 
@@ -114,7 +115,9 @@ def test_a_failed_write_takes_no_other_along(store: Store, run: RunRow) -> None:
 
     results = asyncio.run(write())
     assert [type(result) for result in results].count(RuntimeError) == 1
-    seqs = [row.seq_id for row in store.write_now(lambda connection: commands.of_run(connection, run.id))]
+    seqs = [
+        row.seq_id for row in store.write_now(lambda connection: commands.of_run(connection, run.id, SERVER))
+    ]
     assert seqs == list(range(20))
 
 
@@ -148,7 +151,7 @@ def test_reads_see_what_was_written_and_do_not_wait_for_writes(store: Store, run
         slow = asyncio.ensure_future(store.write(lambda connection: time.sleep(0.5)))
         await asyncio.sleep(0.1)
         started = time.monotonic()
-        row = await store.read(lambda connection: runs.get(connection, run.id))
+        row = await store.read(lambda connection: runs.get(connection, run.id, SERVER))
         assert row == run
         waited = time.monotonic() - started
         await slow
@@ -172,7 +175,7 @@ def test_an_outcome_is_written_once(store: Store, run: RunRow) -> None:
             connection, f"{run.id}:1", now=2.0, result=b"{}", result_type="json", usage={"train": 3}
         )
         commands.finish(connection, f"{run.id}:1", now=3.0, error="late", category="user")
-        return commands.by_request(connection, f"{run.id}:1")
+        return commands.by_request(connection, f"{run.id}:1", SERVER)
 
     row = store.write_now(write)
     assert row is not None
@@ -242,7 +245,7 @@ def test_one_name_may_be_both_a_state_and_a_sampler_and_overwriting_answers_the_
 
     assert store.write_now(write) == [None, None, "checkpoints/a"]
     path = TinkerPath(run.id, "training", "n")
-    found = store.write_now(lambda connection: checkpoints.find(connection, path, 2.0))
+    found = store.write_now(lambda connection: checkpoints.find(connection, path, SERVER, 2.0))
     assert found == _checkpoint(run, "c", seq_id=2)
     assert store.write_now(checkpoints.folders) == {"checkpoints/b", "checkpoints/c"}
 
@@ -251,10 +254,10 @@ def test_an_expired_checkpoint_is_found_no_more(store: Store, run: RunRow) -> No
     store.write_now(lambda connection: checkpoints.add(connection, _checkpoint(run, "a", expires_at=10.0)))
     path = TinkerPath(run.id, "training", "n")
     look = [
-        store.write_now(lambda connection, now=now: checkpoints.find(connection, path, now))
+        store.write_now(lambda connection, now=now: checkpoints.find(connection, path, SERVER, now))
         for now in (9.0, 10.0)
     ]
     assert [found is not None for found in look] == [True, False]
-    assert [row.id for row in store.write_now(lambda connection: checkpoints.expired(connection, 10.0))] == [
-        "a"
-    ]
+    assert [
+        row.id for row in store.write_now(lambda connection: checkpoints.expired(connection, SERVER, 10.0))
+    ] == ["a"]

@@ -10,6 +10,7 @@ from functools import partial
 from tinsmith.store import Connection, checkpoints, runs
 from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.runs import RunRow
+from tinsmith.store.scope import SERVER
 from tinsmith.wire.paths import TinkerPath
 
 from .context import Context
@@ -45,7 +46,7 @@ class Catalog:
 
     async def list_runs(self, caller: Caller, limit: int, offset: int) -> tuple[list[RunView], int]:
         rows, total = await self._context.store.read(
-            lambda connection: runs.of_org(connection, caller.org_id, limit, offset)
+            lambda connection: runs.page(connection, caller.scope(), limit, offset)
         )
         return await self._views(rows), total
 
@@ -58,8 +59,8 @@ class Catalog:
                 RunView(
                     row,
                     self._runs.last_used(row),
-                    checkpoints.newest(connection, row.id, "training", now),
-                    checkpoints.newest(connection, row.id, "sampler", now),
+                    checkpoints.newest(connection, row.id, "training", SERVER, now),
+                    checkpoints.newest(connection, row.id, "sampler", SERVER, now),
                     is_lost,
                 )
                 for row, is_lost in zip(rows, lost, strict=True)
@@ -70,14 +71,14 @@ class Catalog:
     async def checkpoints_of_run(self, caller: Caller, run_id: str) -> list[CheckpointRow]:
         await self._runs.get(caller, run_id)
         return await self._context.store.read(
-            lambda connection: checkpoints.of_run(connection, run_id, time.time())
+            lambda connection: checkpoints.of_run(connection, run_id, caller.scope(), time.time())
         )
 
     async def list_checkpoints(
         self, caller: Caller, limit: int, offset: int
     ) -> tuple[list[CheckpointRow], int]:
         return await self._context.store.read(
-            lambda connection: checkpoints.of_org(connection, caller.org_id, limit, offset, time.time())
+            lambda connection: checkpoints.page(connection, caller.scope(), limit, offset, time.time())
         )
 
     async def checkpoint(
@@ -85,9 +86,12 @@ class Catalog:
     ) -> tuple[CheckpointRow, Source]:
         """A checkpoint that the caller may read, or with `own` look after."""
         try:
-            return await find_checkpoint(self._context, path, caller.org_id, own=own)
+            row, source = await find_checkpoint(self._context, path, caller.scope(), own=own)
         except Refusal as refusal:
             raise NotFound(str(refusal)) from None
+        if own:
+            caller.require(source.project_id, "work")
+        return row, source
 
     async def delete_checkpoint(self, caller: Caller, path: TinkerPath) -> None:
         row, _ = await self.checkpoint(caller, path, own=True)
@@ -111,7 +115,9 @@ class Catalog:
     async def sweep(self) -> None:
         """Delete checkpoints whose time has come."""
         now = time.time()
-        for row in await self._context.store.read(lambda connection: checkpoints.expired(connection, now)):
+        for row in await self._context.store.read(
+            lambda connection: checkpoints.expired(connection, SERVER, now)
+        ):
             await self._context.store.write(partial(checkpoints.delete, checkpoint_id=row.id))
             await self._forget(row)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from tinsmith.store import checkpoints
+from tinsmith.store.scope import SERVER
 from tinsmith.wire.paths import TinkerPath
 
 from .catalog import Catalog
@@ -50,7 +51,7 @@ class External:
         """Where a file lies that a signed URL names."""
         self._signer.check(_what(checkpoint_id, name), expires, signature)
         row = await self._context.store.read(
-            lambda connection: checkpoints.get(connection, checkpoint_id, time.time())
+            lambda connection: checkpoints.get(connection, checkpoint_id, SERVER, time.time())
         )
         if row is None or name not in await asyncio.to_thread(self._names, row.folder):
             raise NotFound("these external weights are not there any more")

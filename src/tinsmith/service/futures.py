@@ -51,11 +51,10 @@ Outcome = Result | Failure | Lost
 class PendingRequest:
     """A request on its way. Many may wait for it; its outcome comes once."""
 
-    __slots__ = ("_outcome", "org_id", "request_id")
+    __slots__ = ("_outcome", "request_id")
 
-    def __init__(self, request_id: str, org_id: str) -> None:
+    def __init__(self, request_id: str) -> None:
         self.request_id = request_id
-        self.org_id = org_id
         self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
     @property

@@ -27,6 +27,7 @@ from typing import Literal
 from tinsmith.engine.commands import Category, Done, EngineLost, Failed, Reply
 from tinsmith.store import Connection, checkpoints, runs
 from tinsmith.store.runs import RunRow
+from tinsmith.store.scope import SERVER
 
 from . import shelf
 from .context import Context
@@ -282,7 +283,9 @@ class Run:
         """What has happened, and the newest state that can be had back."""
         if self._lost_message is None:
             newest = await self._context.store.read(
-                lambda connection: checkpoints.newest(connection, self.row.id, "training", time.time())
+                lambda connection: checkpoints.newest(
+                    connection, self.row.id, "training", SERVER, time.time()
+                )
             )
             remedy = (
                 f"its newest checkpoint is {newest.path} (after seq_id {newest.seq_id}): go on from"

@@ -13,6 +13,7 @@ from functools import partial
 from tinsmith.store import Connection, commands, runs
 from tinsmith.store.commands import CommandRow
 from tinsmith.store.runs import RunRow
+from tinsmith.store.scope import SERVER, Scope
 from tinsmith.wire.requests import Target
 
 from .context import Context
@@ -72,6 +73,7 @@ class Runs:
     ) -> Receipt:
         """A command of a run. With a `refusal` it takes its place there, and fails with it."""
         run = await self.get(caller, target.model_id)
+        caller.require(run.row.project_id, "work")
         self._sessions.seen(run.row.session_id)
         self._used[run.row.id] = time.time()
         # A client that goes away in the middle must not leave a logged command that never arrives.
@@ -93,9 +95,7 @@ class Runs:
             # logged has its place and its outcome in memory alone.
             log.error("%s could not be logged: %s", command.request_id, error)
             why = error if isinstance(error, Unwritable) else Unwritable(error)
-            self._recorder.expect(PendingRequest(command.request_id, run.row.org_id)).resolve(
-                Failure(why.detail, "server")
-            )
+            self._recorder.expect(PendingRequest(command.request_id)).resolve(Failure(why.detail, "server"))
             self._accept(run, replace(command, status="failed", error=why.detail))
             return command.request_id
         if taken is None:
@@ -132,7 +132,7 @@ class Runs:
 
     def _accept(self, run: Run, command: CommandRow, body: bytes | None = None) -> None:
         run = self._runs.setdefault(run.row.id, run)
-        request = PendingRequest(command.request_id, run.row.org_id)
+        request = PendingRequest(command.request_id)
         refused = command.status != "queued"
         if refused:
             request.resolve(Failure(command.error or "refused"))
@@ -153,23 +153,23 @@ class Runs:
     # Finding runs, and outcomes
 
     async def get(self, caller: Caller, run_id: str) -> Run:
-        run = await self._find(run_id)
-        if run is None or run.row.org_id != caller.org_id:
+        run = await self._find(run_id, caller.scope())
+        if run is None:
             raise NotFound(f"model_id: there is no training run {run_id[:120]!r}")
         return run
 
-    async def _find(self, run_id: str) -> Run | None:
+    async def _find(self, run_id: str, scope: Scope) -> Run | None:
         known = self._runs.get(run_id)
-        if known is not None:
+        if known is not None and scope.sees(known.row):
             return known
         store = self._context.store
-        row = await store.read(partial(runs.get, run_id=run_id))
+        row = await store.read(partial(runs.get, run_id=run_id, scope=scope))
         if row is None:
             return None
         run = Run(self._context, self._recorder, row, self._published)
         if await self._sessions.is_finished(row.session_id):
             run.phase = "closed"
-        logged = await store.read(partial(commands.of_run, run_id=run_id, since=run.next_seq))
+        logged = await store.read(partial(commands.of_run, run_id=run_id, scope=scope, since=run.next_seq))
         known = self._runs.setdefault(run_id, run)
         if known is run and run.phase in ("fresh", "away"):
             # What arrived after the state that is there: refused ones have used up their places.
@@ -181,24 +181,21 @@ class Runs:
         self, caller: Caller, request_id: str, seconds: float, closing: asyncio.Future[None]
     ) -> Outcome | Pending:
         """What became of a training request, waiting for up to `seconds`."""
-        request = self._recorder.find(request_id)
-        if request is None:
+        request, scope = self._recorder.find(request_id), caller.scope()
+        run = self._runs.get(request_id.rpartition(":")[0]) if request is not None else None
+        if request is None or run is None or not scope.sees(run.row):
             row = await self._context.store.read(
-                lambda connection: commands.by_request(connection, request_id)
+                lambda connection: commands.by_request(connection, request_id, scope)
             )
-            run = await self._find(row.run_id) if row is not None else None
-            if row is None or run is None or run.row.org_id != caller.org_id:
+            if row is None:
                 raise NotFound(f"request_id: there is no request {request_id[:120]!r}")
             outcome: Outcome | None = await self._recorder.read(row)
         else:
-            if request.org_id != caller.org_id:
-                raise NotFound(f"request_id: there is no request {request_id[:120]!r}")
-            run = await self._find(request_id.rpartition(":")[0])
-            assert run is not None
             self._sessions.seen(run.row.session_id)
             outcome = await request.wait(seconds, closing)
-        if outcome is None:
-            return run.pending()
+            if outcome is None:
+                return run.pending()
+        assert outcome is not None
         self._recorder.was_fetched(request_id)
         return outcome
 
@@ -207,12 +204,12 @@ class Runs:
     async def take_up(self) -> None:
         """After a start: what is in the log and can go on, goes on; what cannot, says so."""
         store = self._context.store
-        for run_id in await store.read(commands.runs_with_queued):
-            run = await self._find(run_id)
+        for run_id in await store.read(partial(commands.runs_with_queued, scope=SERVER)):
+            run = await self._find(run_id, SERVER)
             assert run is not None
-            for command in await store.read(partial(commands.of_run, run_id=run_id)):
+            for command in await store.read(partial(commands.of_run, run_id=run_id, scope=SERVER)):
                 if command.status == "queued" and self._recorder.find(command.request_id) is None:
-                    request = PendingRequest(command.request_id, run.row.org_id)
+                    request = PendingRequest(command.request_id)
                     await run.fail_after_restart(self._recorder.expect(request))
 
     def _engine_lost(self, _generation: int) -> None:

@@ -10,7 +10,9 @@ from dataclasses import replace
 
 from tinsmith.engine.commands import EngineLost, Failed, ModelInfo, OpenSampler, ReleaseSampler
 from tinsmith.store import samplers
+from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.samplers import SamplingSessionRow
+from tinsmith.store.scope import SERVER
 from tinsmith.wire.paths import TinkerPath
 from tinsmith.wire.requests import CreateSamplingSession
 
@@ -34,7 +36,7 @@ class Samplers:
         context.engine.on_lost(self._engine_lost)
 
     async def create(self, caller: Caller, request: CreateSamplingSession) -> str:
-        await self._sessions.open(caller, request.session_id)
+        await self._sessions.open(caller, request.session_id, "sample")
         row = SamplingSessionRow(
             id=f"{request.session_id}:sample:{request.sampling_session_seq_id}",
             org_id=caller.org_id,
@@ -63,7 +65,7 @@ class Samplers:
             return replace(row, base_model=self.sampleable(base_model).name)
         try:
             path = TinkerPath.parse(row.model_path, "model_path")
-            checkpoint, source = await find_checkpoint(self._context, path, caller.org_id)
+            checkpoint, source = await self._find(caller, path)
         except Refusal as refusal:
             raise NotFound(str(refusal).replace("path:", "model_path:", 1)) from None
         model = self.sampleable(base_model or source.base_model)
@@ -72,6 +74,16 @@ class Samplers:
             row, base_model=model.name, sampler=sampler_of(checkpoint.id), folder=checkpoint.folder
         )
 
+    async def _find(self, caller: Caller, path: TinkerPath) -> tuple[CheckpointRow, Source]:
+        """Weights to sample from: whatever the caller sees, and in a project where it may only sample,
+        what was saved for that."""
+        try:
+            return await find_checkpoint(self._context, path, caller.scope())
+        except Refusal:
+            if path.kind != "sampler":
+                raise
+            return await find_checkpoint(self._context, path, caller.scope("sample"))
+
     def sampleable(self, name: str) -> ModelInfo:
         model = self._context.model(name)
         if model.not_sampleable:
@@ -79,14 +91,13 @@ class Samplers:
         return model
 
     async def get(self, caller: Caller, id_: str) -> SamplingSessionRow:
-        row = self._rows.get(id_)
+        row, scope = self._rows.get(id_), caller.scope()
+        if row is not None and self._sessions.at_hand(row.session_id, scope) is not None:
+            return row
+        row = await self._context.store.read(lambda connection: samplers.get(connection, id_, scope))
         if row is None:
-            row = await self._context.store.read(lambda connection: samplers.get(connection, id_))
-            if row is not None:
-                row = self._rows.setdefault(id_, row)
-        if row is None or row.org_id != caller.org_id:
             raise NotFound(f"sampling_session_id: there is no sampling session {id_[:120]!r}")
-        return row
+        return self._rows.setdefault(id_, row)
 
     async def join(self, caller: Caller, id_: str) -> int:
         row = await self.get(caller, id_)
@@ -130,7 +141,7 @@ class Samplers:
     async def _release_unnamed(self, session_id: str) -> None:
         """What was never saved under a name goes with its session."""
         for row in await self._context.store.read(
-            lambda connection: samplers.ephemeral_of(connection, session_id)
+            lambda connection: samplers.ephemeral_of(connection, session_id, SERVER)
         ):
             if row.sampler is not None:
                 self._release(row.sampler)

@@ -16,6 +16,7 @@ from typing import Any
 from tinsmith.engine.commands import Cancel, EngineLost, Failed, ModelInfo, SampleParams
 from tinsmith.engine.commands import Sample as EngineSample
 from tinsmith.store.samplers import SamplingSessionRow
+from tinsmith.store.scope import Owned, Owner
 from tinsmith.wire.errors import WireError
 from tinsmith.wire.requests import RetrieveFutures
 from tinsmith.wire.sample_request import SampleRequest
@@ -46,6 +47,7 @@ class Promise:
 @dataclass(slots=True, eq=False)
 class _Sample:
     request: PendingRequest
+    owner: Owned
     session_id: str | None  # of the client, for cancelling what nobody waits for
     sampling_session_id: str | None
     seq_id: int
@@ -74,6 +76,8 @@ class Sampling:
     async def sample(self, caller: Caller, request: SampleRequest) -> Promise:
         if request.sampling_session_id is not None:
             row = await self._samplers.get(caller, request.sampling_session_id)
+            owner: Owned = await self._sessions.get(caller, row.session_id)
+            caller.require(owner.project_id, "sample")
             request_id = f"{row.id}:{request.seq_id}"
             if (known := self._samples.get(request_id)) is not None:
                 return _promise(known)
@@ -82,6 +86,8 @@ class Sampling:
                     f"sampling_session_id: the session of {row.id} has finished; create a new sampling client"
                 )
         else:
+            caller.require(caller.home, "sample")
+            owner = Owner(caller.org_id, caller.home, caller.user_id)
             row = SamplingSessionRow(
                 "", caller.org_id, "", 0.0, "", request.model_path, None, None, ephemeral=False
             )
@@ -98,7 +104,8 @@ class Sampling:
                 " save_weights_and_get_sampling_client(), or from a checkpoint"
             )
         sample = _Sample(
-            PendingRequest(request_id, caller.org_id),
+            PendingRequest(request_id),
+            owner,
             row.session_id or None,
             row.id or None,
             request.seq_id or 0,
@@ -180,7 +187,7 @@ class Sampling:
         self, caller: Caller, request_id: str, seconds: float, closing: asyncio.Future[None]
     ) -> Outcome | Pending:
         sample = self._samples.get(request_id)
-        if sample is None or sample.request.org_id != caller.org_id:
+        if sample is None or not caller.scope().sees(sample.owner):
             return Lost("this sampling request is not known here (any more); submit it again")
         if sample.session_id is not None:
             self._sessions.seen(sample.session_id)
@@ -228,7 +235,7 @@ class Sampling:
 
     async def cancel(self, caller: Caller, request_id: str) -> None:
         sample = self._samples.get(request_id)
-        if sample is not None and sample.request.org_id == caller.org_id:
+        if sample is not None and caller.scope().sees(sample.owner):
             self._cancel(sample)
 
     def _cancel(self, sample: _Sample) -> None:

@@ -10,11 +10,14 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 
 from tinsmith.store import projects, sessions
+from tinsmith.store.scope import SERVER, Scope
 from tinsmith.store.sessions import SessionRow
 from tinsmith.wire.requests import CreateSession, FinishSession
 
+from .access import Right
 from .context import Context
 from .errors import Gone, NotFound
 from .keys import Caller
@@ -29,15 +32,11 @@ class Sessions:
         self.on_silence: list[Callable[[str], Awaitable[None]]] = []
 
     async def create(self, caller: Caller, request: CreateSession) -> str:
-        project = await self._context.store.read(
-            lambda connection: projects.find(connection, caller.org_id, request.project_id)
-        )
-        if project is None:
-            raise NotFound(f"project_id: there is no project {(request.project_id or '')[:80]!r}")
+        project = await self._project(caller, request.project_id)
         row = SessionRow(
             id=str(uuid.uuid4()),
             org_id=caller.org_id,
-            project_id=project.id,
+            project_id=project,
             user_id=caller.user_id,
             key_id=caller.key_id,
             created_at=time.time(),
@@ -55,18 +54,37 @@ class Sessions:
         return row.id
 
     async def get(self, caller: Caller, session_id: str) -> SessionRow:
-        row = self._rows.get(session_id)
+        row, scope = self._rows.get(session_id), caller.scope()
+        if row is not None and scope.sees(row):
+            return row
+        row = await self._context.store.read(lambda connection: sessions.get(connection, session_id, scope))
         if row is None:
-            row = await self._context.store.read(lambda connection: sessions.get(connection, session_id))
-            if row is not None:
-                row = self._rows.setdefault(session_id, row)
-        if row is None or row.org_id != caller.org_id:
             raise NotFound(f"session_id: there is no session {session_id[:80]!r}")
-        return row
+        return self._rows.setdefault(session_id, row)
 
-    async def open(self, caller: Caller, session_id: str) -> SessionRow:
-        """A session in which something new may be made."""
+    def at_hand(self, session_id: str, scope: Scope) -> SessionRow | None:
+        """A session that is in memory already, where `scope` sees it."""
+        row = self._rows.get(session_id)
+        return row if row is not None and scope.sees(row) else None
+
+    async def _project(self, caller: Caller, wanted: str | None) -> str:
+        """The project that a new session goes to, by id or by name."""
+        if wanted is None:
+            project_id = caller.home
+        else:
+            row = await self._context.store.read(
+                lambda connection: projects.find(connection, caller.org_id, wanted)
+            )
+            if row is None or not caller.rights.get(row.id, caller.elsewhere):
+                raise NotFound(f"project_id: there is no project {wanted[:80]!r}")
+            project_id = row.id
+        caller.require(project_id, "sample")
+        return project_id
+
+    async def open(self, caller: Caller, session_id: str, right: Right) -> SessionRow:
+        """A session in which the caller may make something new."""
         row = await self.get(caller, session_id)
+        caller.require(row.project_id, right)
         if row.finished_at is not None:
             raise Gone(f"session_id: the session {session_id} has finished; create a new ServiceClient")
         self.seen(session_id)
@@ -75,7 +93,9 @@ class Sessions:
     async def is_finished(self, session_id: str) -> bool:
         row = self._rows.get(session_id)
         if row is None:
-            row = await self._context.store.read(lambda connection: sessions.get(connection, session_id))
+            row = await self._context.store.read(
+                lambda connection: sessions.get(connection, session_id, SERVER)
+            )
         return row is not None and row.finished_at is not None
 
     def seen(self, session_id: str) -> None:
@@ -104,19 +124,19 @@ class Sessions:
 
     async def take_up(self) -> None:
         """After a start: give every client that may still be there the time to be heard."""
-        for row in await self._context.store.read(sessions.unfinished):
+        for row in await self._context.store.read(partial(sessions.unfinished, scope=SERVER)):
             self._rows[row.id] = row
             self.seen(row.id)
 
     async def page(self, caller: Caller, limit: int, offset: int) -> list[SessionRow]:
         return await self._context.store.read(
-            lambda connection: sessions.of_org(connection, caller.org_id, limit, offset)
+            lambda connection: sessions.page(connection, caller.scope(), limit, offset)
         )
 
     async def members(self, caller: Caller, session_id: str) -> tuple[SessionRow, list[str], list[str]]:
         row = await self.get(caller, session_id)
         runs, samplers = await self._context.store.read(
-            lambda connection: sessions.members(connection, session_id)
+            lambda connection: sessions.members(connection, session_id, caller.scope())
         )
         return row, runs, samplers
 

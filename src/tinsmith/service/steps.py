@@ -31,6 +31,7 @@ from tinsmith.store import Connection, checkpoints, runs, samplers
 from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.runs import RunRow
 from tinsmith.store.samplers import SamplingSessionRow
+from tinsmith.store.scope import SERVER, Scope
 from tinsmith.wire.paths import CheckpointKind, TinkerPath
 
 from .context import Context
@@ -133,7 +134,7 @@ class StepMaker:
         path = TinkerPath.parse(values["path"])
         if path.run == self.run.id:
             await self.saves.settled(path)
-        checkpoint, source = await find_checkpoint(self.context, path, values["org_id"])
+        checkpoint, source = await find_checkpoint(self.context, path, scope_of(values))
         if values["optimizer"] and checkpoint.kind != "training":
             raise Refusal(
                 f"optimizer: {path} has weights alone, and no optimizer state; load it without, or load a"
@@ -212,7 +213,10 @@ class StepMaker:
             folder=None,
             ephemeral=True,
         )
-        if await self.context.store.read(lambda connection: samplers.get(connection, row.id)) is not None:
+        if (
+            await self.context.store.read(lambda connection: samplers.get(connection, row.id, SERVER))
+            is not None
+        ):
             raise Refusal(f"sampling_session_seq_id: there is a sampling session {row.id} already")
         return Step(
             (Publish(self.run.id, seq_id, sampler),),
@@ -226,7 +230,7 @@ class StepMaker:
         try:
             path = TinkerPath(self.run.id, kind, name)
             known = await self.context.store.read(
-                lambda connection: checkpoints.find(connection, path, time.time())
+                lambda connection: checkpoints.find(connection, path, SERVER, time.time())
             )
             if known is not None and not overwrite:
                 raise Refusal(
@@ -270,8 +274,9 @@ class StepMaker:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a checkpoint was made of."""
+    """What a checkpoint was made of, and where."""
 
+    project_id: str
     base_model: str
     fingerprint: str
     lora: dict[str, object]
@@ -282,24 +287,29 @@ class Source:
 
 
 async def find_checkpoint(
-    context: Context, path: TinkerPath, org_id: str, *, own: bool = False
+    context: Context, path: TinkerPath, scope: Scope, *, own: bool = False
 ) -> tuple[CheckpointRow, Source]:
-    """A checkpoint that `org_id` may read, and what it was made of: its own, and unless `own` what
-    others have published. Any other one is not found."""
+    """A checkpoint within `scope`, and what it was made of; unless `own`, also what others have
+    published. Any other one is not found."""
 
     def look(connection: Connection) -> tuple[CheckpointRow, Source] | None:
-        row = checkpoints.find(connection, path, time.time())
-        if row is None or not (row.org_id == org_id or (row.published_at is not None and not own)):
+        row = checkpoints.find(connection, path, scope, time.time(), published=not own)
+        run = runs.get(connection, row.run_id, SERVER) if row is not None else None
+        if row is None or run is None:
             return None
-        run = runs.get(connection, row.run_id)
-        if run is None:
-            return None
-        return row, Source(run.base_model, run.fingerprint, run.lora)
+        return row, Source(run.project_id, run.base_model, run.fingerprint, run.lora)
 
     found = await context.store.read(look)
     if found is None:
         raise Refusal(f"path: there is no checkpoint {path}; `tinker checkpoint list` shows yours")
     return found
+
+
+def scope_of(values: dict[str, Any]) -> Scope:
+    """What the sender of a logged load may read. Earlier versions logged its organization alone."""
+    if "reader" in values:
+        return Scope.from_json(values["reader"])
+    return Scope(str(values["org_id"]), "", None)
 
 
 def check_base(source: Source, run: RunRow) -> None:

@@ -31,7 +31,7 @@ from .keys import Caller, KeyRing
 from .run import encode
 from .runs import Receipt, Runs
 from .sessions import Sessions
-from .steps import find_checkpoint
+from .steps import find_checkpoint, scope_of
 
 _ALPHA = 32.0
 
@@ -47,7 +47,7 @@ class Training:
 
     async def create_model(self, caller: Caller, fields: Fields) -> Receipt:
         request = CreateModel.read(fields)
-        session = await self._sessions.open(caller, request.session_id)
+        session = await self._sessions.open(caller, request.session_id, "work")
         model = self._context.model(request.base_model)
         refusal: str | None = None
         lora = LoraSpec(rank=0, seed=0, alpha=_ALPHA)
@@ -69,7 +69,7 @@ class Training:
     async def create_by_load(self, caller: Caller, fields: Fields) -> Receipt:
         """A new run from a checkpoint, whose shape it takes over."""
         request = CreateByLoad.read(fields)
-        session = await self._sessions.open(caller, request.session_id)
+        session = await self._sessions.open(caller, request.session_id, "work")
         refusal: str | None = None
         values: dict[str, object] = {}
         lora: dict[str, object] = asdict(LoraSpec(rank=0, seed=0, alpha=_ALPHA))
@@ -77,7 +77,7 @@ class Training:
         try:
             values = await self._load_values(caller, fields)
             _, source = await find_checkpoint(
-                self._context, TinkerPath.parse(str(values["path"])), str(values["org_id"])
+                self._context, TinkerPath.parse(str(values["path"])), scope_of(values)
             )
             lora = source.lora
             model = model or self._context.model(source.base_model)
@@ -172,14 +172,14 @@ class Training:
 
     async def _load_values(self, caller: Caller, fields: Fields) -> dict[str, object]:
         request = LoadWeights.read(fields)
-        org_id = caller.org_id
+        reader = caller
         if request.weights_access_token is not None:
             try:
-                org_id = (await self._keyring.authenticate(request.weights_access_token)).org_id
+                reader = await self._keyring.authenticate(request.weights_access_token)
             except Unauthorized:
                 raise WireError("weights_access_token", "is no valid API key of this server") from None
         TinkerPath.parse(request.path)
-        return {"path": request.path, "optimizer": request.optimizer, "org_id": org_id}
+        return {"path": request.path, "optimizer": request.optimizer, "reader": reader.scope().to_json()}
 
     async def _submit_values(
         self, caller: Caller, target: Target, kind: str, read: Callable[[], dict[str, object]]

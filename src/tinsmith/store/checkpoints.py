@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from tinsmith.wire.paths import CheckpointKind, TinkerPath
 
+from .scope import Scope
 from .tables import checkpoints
 
 
@@ -61,9 +62,16 @@ def add(connection: sa.Connection, row: CheckpointRow) -> str | None:
     return None if replaced is None else str(replaced)
 
 
-def find(connection: sa.Connection, path: TinkerPath, now: float) -> CheckpointRow | None:
+def find(
+    connection: sa.Connection, path: TinkerPath, scope: Scope, now: float, *, published: bool = False
+) -> CheckpointRow | None:
+    """A checkpoint within `scope`, or with `published` also one that anybody may read."""
+    readable = scope.rows(checkpoints)
+    if published:
+        readable |= checkpoints.c.published_at.is_not(None)
     row = connection.execute(
         checkpoints.select().where(
+            readable,
             checkpoints.c.run_id == path.run,
             checkpoints.c.kind == path.kind,
             checkpoints.c.name == path.name,
@@ -73,32 +81,37 @@ def find(connection: sa.Connection, path: TinkerPath, now: float) -> CheckpointR
     return _read(row) if row is not None else None
 
 
-def get(connection: sa.Connection, checkpoint_id: str, now: float) -> CheckpointRow | None:
+def get(connection: sa.Connection, checkpoint_id: str, scope: Scope, now: float) -> CheckpointRow | None:
     row = connection.execute(
-        checkpoints.select().where(checkpoints.c.id == checkpoint_id, _alive(now))
+        checkpoints.select().where(scope.rows(checkpoints), checkpoints.c.id == checkpoint_id, _alive(now))
     ).one_or_none()
     return _read(row) if row is not None else None
 
 
-def newest(connection: sa.Connection, run_id: str, kind: CheckpointKind, now: float) -> CheckpointRow | None:
+def newest(
+    connection: sa.Connection, run_id: str, kind: CheckpointKind, scope: Scope, now: float
+) -> CheckpointRow | None:
     row = connection.execute(
         checkpoints.select()
-        .where(checkpoints.c.run_id == run_id, checkpoints.c.kind == kind, _alive(now))
+        .where(
+            scope.rows(checkpoints), checkpoints.c.run_id == run_id, checkpoints.c.kind == kind, _alive(now)
+        )
         .order_by(checkpoints.c.seq_id.desc())
         .limit(1)
     ).one_or_none()
     return _read(row) if row is not None else None
 
 
-def of_run(connection: sa.Connection, run_id: str, now: float) -> list[CheckpointRow]:
-    query = checkpoints.select().where(checkpoints.c.run_id == run_id, _alive(now))
+def of_run(connection: sa.Connection, run_id: str, scope: Scope, now: float) -> list[CheckpointRow]:
+    query = checkpoints.select().where(scope.rows(checkpoints), checkpoints.c.run_id == run_id, _alive(now))
     return [_read(row) for row in connection.execute(query.order_by(checkpoints.c.created_at))]
 
 
-def of_org(
-    connection: sa.Connection, org_id: str, limit: int, offset: int, now: float
+def page(
+    connection: sa.Connection, scope: Scope, limit: int, offset: int, now: float
 ) -> tuple[list[CheckpointRow], int]:
-    mine = (checkpoints.c.org_id == org_id) & _alive(now)
+    """A page of the checkpoints, newest first, and how many there are."""
+    mine = scope.rows(checkpoints) & _alive(now)
     total = connection.scalar(sa.select(sa.func.count()).select_from(checkpoints).where(mine)) or 0
     query = checkpoints.select().where(mine).order_by(checkpoints.c.created_at.desc(), checkpoints.c.id)
     return [_read(row) for row in connection.execute(query.limit(limit).offset(offset))], total
@@ -120,8 +133,8 @@ def set_published(connection: sa.Connection, checkpoint_id: str, published_at: f
     )
 
 
-def expired(connection: sa.Connection, now: float) -> list[CheckpointRow]:
-    query = checkpoints.select().where(checkpoints.c.expires_at <= now).limit(100)
+def expired(connection: sa.Connection, scope: Scope, now: float) -> list[CheckpointRow]:
+    query = checkpoints.select().where(scope.rows(checkpoints), checkpoints.c.expires_at <= now).limit(100)
     return [_read(row) for row in connection.execute(query)]
 
 

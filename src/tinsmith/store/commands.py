@@ -9,6 +9,7 @@ from typing import Literal
 
 import sqlalchemy as sa
 
+from .scope import Scope
 from .tables import checkpoints, commands, runs, sessions
 
 Status = Literal["queued", "done", "failed"]
@@ -84,19 +85,20 @@ def finish(
     )
 
 
-def by_request(connection: sa.Connection, request_id: str) -> CommandRow | None:
-    row = connection.execute(_SELECT.where(commands.c.request_id == request_id)).one_or_none()
+def by_request(connection: sa.Connection, request_id: str, scope: Scope) -> CommandRow | None:
+    query = _SELECT.where(scope.rows(commands), commands.c.request_id == request_id)
+    row = connection.execute(query).one_or_none()
     return CommandRow(*row) if row is not None else None
 
 
-def of_run(connection: sa.Connection, run_id: str, since: int = 0) -> list[CommandRow]:
+def of_run(connection: sa.Connection, run_id: str, scope: Scope, since: int = 0) -> list[CommandRow]:
     """A run's commands from seq_id `since` on, in order."""
-    query = _SELECT.where(commands.c.run_id == run_id, commands.c.seq_id >= since)
+    query = _SELECT.where(scope.rows(commands), commands.c.run_id == run_id, commands.c.seq_id >= since)
     return [CommandRow(*row) for row in connection.execute(query.order_by(commands.c.seq_id))]
 
 
-def runs_with_queued(connection: sa.Connection) -> list[str]:
-    query = sa.select(commands.c.run_id).where(commands.c.status == "queued").distinct()
+def runs_with_queued(connection: sa.Connection, scope: Scope) -> list[str]:
+    query = sa.select(commands.c.run_id).where(scope.rows(commands), commands.c.status == "queued").distinct()
     return [str(run_id) for run_id in connection.scalars(query)]
 
 

@@ -108,7 +108,14 @@ def add(
 
 def by_hash(connection: sa.Connection, hash_: str) -> KeyRow | None:
     row = (
-        connection.execute(_SELECT.where(api_keys.c.hash == hash_, api_keys.c.revoked_at.is_(None)))
+        connection.execute(
+            _SELECT.where(
+                api_keys.c.hash == hash_,
+                api_keys.c.revoked_at.is_(None),
+                organizations.c.disabled_at.is_(None),
+                users.c.disabled_at.is_(None),
+            )
+        )
         .mappings()
         .one_or_none()
     )

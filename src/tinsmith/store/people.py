@@ -48,7 +48,7 @@ def add_org(connection: sa.Connection, name: str, now: float) -> str:
     """A new organization with its default project, in which every member may work."""
     org_id = uuid.uuid4().hex
     connection.execute(organizations.insert().values(id=org_id, name=name, created_at=now))
-    projects.add(connection, org_id, projects.DEFAULT, now, is_default=True, org_role="editor")
+    projects.add(connection, org_id, projects.DEFAULT, now, is_default=True, org_role="member")
     return org_id
 
 

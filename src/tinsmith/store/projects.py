@@ -8,9 +8,9 @@ from typing import Literal
 
 import sqlalchemy as sa
 
-from .tables import projects
+from .tables import project_grants, projects
 
-ProjectRole = Literal["admin", "editor", "viewer"]
+ProjectRole = Literal["admin", "member", "sampler", "viewer"]
 
 DEFAULT = "Default"
 
@@ -50,6 +50,26 @@ def find(connection: sa.Connection, org_id: str, wanted: str | None) -> ProjectR
     query = projects.select().where(projects.c.org_id == org_id, projects.c.archived_at.is_(None), named)
     row = connection.execute(query.order_by(projects.c.id != (wanted or "")).limit(1)).one_or_none()
     return ProjectRow(**row._mapping) if row is not None else None
+
+
+def roles_of(
+    connection: sa.Connection, org_id: str, user_id: str
+) -> list[tuple[ProjectRow, set[ProjectRole]]]:
+    """An organization's projects, each with the roles that a member has there: everybody's and its own."""
+    query = (
+        sa.select(*projects.c, project_grants.c.role)
+        .join(
+            project_grants,
+            (project_grants.c.project_id == projects.c.id) & (project_grants.c.user_id == user_id),
+            isouter=True,
+        )
+        .where(projects.c.org_id == org_id)
+    )
+    found = []
+    for *values, granted in connection.execute(query):
+        row = ProjectRow(*values)
+        found.append((row, {role for role in (row.org_role, granted) if role is not None}))
+    return found
 
 
 def of_org(connection: sa.Connection, org_id: str) -> list[ProjectRow]:

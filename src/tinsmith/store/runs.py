@@ -8,6 +8,7 @@ from typing import Literal
 
 import sqlalchemy as sa
 
+from .scope import Scope
 from .tables import runs
 
 RunState = Literal["fresh", "live", "failed"]
@@ -63,8 +64,9 @@ def add(connection: sa.Connection, row: RunRow) -> bool:
     return True
 
 
-def get(connection: sa.Connection, run_id: str) -> RunRow | None:
-    row = connection.execute(runs.select().where(runs.c.id == run_id)).one_or_none()
+def get(connection: sa.Connection, run_id: str, scope: Scope) -> RunRow | None:
+    query = runs.select().where(scope.rows(runs), runs.c.id == run_id)
+    row = connection.execute(query).one_or_none()
     return _read(row) if row is not None else None
 
 
@@ -94,9 +96,9 @@ def touch(connection: sa.Connection, used: dict[str, float]) -> None:
         connection.execute(runs.update().where(runs.c.id == run_id).values(last_request_at=when))
 
 
-def of_org(connection: sa.Connection, org_id: str, limit: int, offset: int) -> tuple[list[RunRow], int]:
-    """A page of an organization's runs, newest first, and how many there are."""
-    mine = (runs.c.org_id == org_id) & (runs.c.state != "failed")
+def page(connection: sa.Connection, scope: Scope, limit: int, offset: int) -> tuple[list[RunRow], int]:
+    """A page of the runs, newest first, and how many there are."""
+    mine = scope.rows(runs) & (runs.c.state != "failed")
     total = connection.scalar(sa.select(sa.func.count()).select_from(runs).where(mine)) or 0
     query = runs.select().where(mine).order_by(runs.c.created_at.desc(), runs.c.id)
     return [_read(row) for row in connection.execute(query.limit(limit).offset(offset))], total

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from .scope import SERVER, Scope
 from .tables import sampling_sessions
 
 
@@ -25,7 +26,7 @@ class SamplingSessionRow:
 
 def add(connection: sa.Connection, row: SamplingSessionRow) -> SamplingSessionRow:
     """Add a sampling session, or answer the one that has its id already."""
-    known = get(connection, row.id)
+    known = get(connection, row.id, SERVER)
     if known is not None:
         return known
     connection.execute(
@@ -36,14 +37,17 @@ def add(connection: sa.Connection, row: SamplingSessionRow) -> SamplingSessionRo
     return row
 
 
-def get(connection: sa.Connection, id_: str) -> SamplingSessionRow | None:
-    row = connection.execute(sampling_sessions.select().where(sampling_sessions.c.id == id_)).one_or_none()
+def get(connection: sa.Connection, id_: str, scope: Scope) -> SamplingSessionRow | None:
+    query = sampling_sessions.select().where(scope.rows(sampling_sessions), sampling_sessions.c.id == id_)
+    row = connection.execute(query).one_or_none()
     return SamplingSessionRow(**row._mapping) if row is not None else None
 
 
-def ephemeral_of(connection: sa.Connection, session_id: str) -> list[SamplingSessionRow]:
+def ephemeral_of(connection: sa.Connection, session_id: str, scope: Scope) -> list[SamplingSessionRow]:
     query = sampling_sessions.select().where(
-        sampling_sessions.c.session_id == session_id, sampling_sessions.c.ephemeral
+        scope.rows(sampling_sessions),
+        sampling_sessions.c.session_id == session_id,
+        sampling_sessions.c.ephemeral,
     )
     return [SamplingSessionRow(**row._mapping) for row in connection.execute(query)]
 

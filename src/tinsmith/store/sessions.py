@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from .scope import Scope
 from .tables import runs, sampling_sessions, sessions
 
 
@@ -44,31 +45,33 @@ def add(connection: sa.Connection, row: SessionRow) -> None:
     )
 
 
-def get(connection: sa.Connection, session_id: str) -> SessionRow | None:
-    row = connection.execute(sessions.select().where(sessions.c.id == session_id)).one_or_none()
+def get(connection: sa.Connection, session_id: str, scope: Scope) -> SessionRow | None:
+    query = sessions.select().where(scope.rows(sessions), sessions.c.id == session_id)
+    row = connection.execute(query).one_or_none()
     return _read(row) if row is not None else None
 
 
-def unfinished(connection: sa.Connection) -> list[SessionRow]:
-    query = sessions.select().where(sessions.c.finished_at.is_(None))
+def unfinished(connection: sa.Connection, scope: Scope) -> list[SessionRow]:
+    query = sessions.select().where(scope.rows(sessions), sessions.c.finished_at.is_(None))
     return [_read(row) for row in connection.execute(query)]
 
 
-def of_org(connection: sa.Connection, org_id: str, limit: int, offset: int) -> list[SessionRow]:
-    query = sessions.select().where(sessions.c.org_id == org_id).order_by(sessions.c.created_at.desc())
+def page(connection: sa.Connection, scope: Scope, limit: int, offset: int) -> list[SessionRow]:
+    """The newest first."""
+    query = sessions.select().where(scope.rows(sessions)).order_by(sessions.c.created_at.desc())
     return [_read(row) for row in connection.execute(query.limit(limit).offset(offset))]
 
 
-def members(connection: sa.Connection, session_id: str) -> tuple[list[str], list[str]]:
+def members(connection: sa.Connection, session_id: str, scope: Scope) -> tuple[list[str], list[str]]:
     """The ids of a session's runs and of its sampling sessions."""
     of_runs = (
         sa.select(runs.c.id)
-        .where(runs.c.session_id == session_id, runs.c.state != "failed")
+        .where(scope.rows(runs), runs.c.session_id == session_id, runs.c.state != "failed")
         .order_by(runs.c.model_seq_id)
     )
     of_samplers = (
         sa.select(sampling_sessions.c.id)
-        .where(sampling_sessions.c.session_id == session_id)
+        .where(scope.rows(sampling_sessions), sampling_sessions.c.session_id == session_id)
         .order_by(sampling_sessions.c.created_at)
     )
     return list(connection.scalars(of_runs)), list(connection.scalars(of_samplers))

@@ -85,7 +85,7 @@ project_grants = Table(
     Column("project_id", ForeignKey("projects.id"), primary_key=True),
     Column("user_id", ForeignKey("users.id"), primary_key=True),
     Column("org_id", ForeignKey("organizations.id"), nullable=False),
-    Column("role", String(32), nullable=False),  # admin, editor, viewer
+    Column("role", String(32), nullable=False),  # admin, member, sampler, viewer
     Column("created_at", Float, nullable=False),
     Index(None, "user_id"),
 )

@@ -153,7 +153,7 @@ def _project(connection: sa.Connection, org_id: str, name: str, created: float, 
     connection.execute(
         sa.text(
             "insert into projects (id, org_id, name, created_at, is_default, org_role)"
-            " values (:id, :org, :name, :created, :is_default, 'editor')"
+            " values (:id, :org, :name, :created, :is_default, 'member')"
         ),
         {"id": project_id, "org": org_id, "name": name, "created": created, "is_default": is_default},
     )
