@@ -20,7 +20,7 @@ LAYER = "base_model.model.model.layers.1."
 
 def written(row: str, root: Path) -> tuple[Run, Path]:
     run = make_run(load(make(row, root)), rank=4)
-    adapter_files.write(str(root / "a"), run.model, run.layout, run.live, optimizer=False, gradients=False)
+    adapter_files.write(str(root / "a"), run.model, run.layout, run.live, optimizer=None, gradients=False)
     return run, root / "a"
 
 

@@ -14,9 +14,7 @@ from tinsmith.wire.requests import (
     CreateSession,
     LoadWeights,
     LoraConfig,
-    OptimStep,
     SaveWeights,
-    Target,
 )
 
 
@@ -37,22 +35,6 @@ def test_create_model() -> None:
     )
     assert CreateModel.read(fields) == CreateModel("s", 3, "a/b", {"k": 1})
     assert LoraConfig.read(fields, 128) == LoraConfig(8, None, True, True, False)
-
-
-def test_optim_step() -> None:
-    fields = _sent(
-        types.OptimStepRequest(optim_params=types.AdamParams(learning_rate=2.0), model_id="m", seq_id=4)
-    )
-    assert Target.read(fields) == Target("m", 4)
-    assert OptimStep.read(fields) == OptimStep(2.0, 0.9, 0.95, 1e-12, 0.0, 0.0)
-
-
-def test_other_optimizers_are_named() -> None:
-    fields = _sent(
-        types.OptimStepRequest(optim_params=types.DimuonParams(learning_rate=1.0), model_id="m", seq_id=4)
-    )
-    with pytest.raises(WireError, match="dimuon"):
-        OptimStep.read(fields)
 
 
 def test_saves_and_loads() -> None:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from starlette.responses import Response
 
 from tinsmith.service.catalog import Checkpoint, RunView
+from tinsmith.wire.optimizers import config_of
 from tinsmith.wire.paths import TinkerPath
 from tinsmith.wire.requests import HOUR, TEN_YEARS
 
@@ -75,7 +76,7 @@ async def weights_info(call: Call) -> Response:
     return json_response(
         {
             "base_model": source.base_model,
-            "optimizer_config": {"type": "adamw"},
+            "optimizer_config": config_of(source.optimizer),
             "is_lora": True,
             "lora_rank": source.lora.get("rank"),
             "train_unembed": source.lora.get("train_unembed"),

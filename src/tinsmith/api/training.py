@@ -12,6 +12,7 @@ from tinsmith.service.runs import Receipt
 from tinsmith.wire.compression import MAGIC, decompress_prefix
 from tinsmith.wire.envelope import read_envelope
 from tinsmith.wire.errors import BodyTooLarge, WireError
+from tinsmith.wire.optimizers import config_of
 from tinsmith.wire.requests import Target
 from tinsmith.wire.training_json import read_target, to_protobuf
 
@@ -98,7 +99,7 @@ async def get_info(call: Call) -> Response:
                 "model_name": model.name,
                 "tokenizer_id": tokenizer,
             },
-            "optimizer_config": {"type": "adamw"},
+            "optimizer_config": config_of(run.row.optimizer),
             "is_lora": True,
             "lora_rank": run.row.lora.get("rank"),
             "model_name": model.name,

@@ -4,7 +4,7 @@ adapter_model.safetensors  A and B of every slot, fp32, under Tinker's names and
                            A [r, in], B [out, r]; those of experts [experts, r, in] and
                            [experts, out, r], where a factor that all of them share has experts = 1
 adapter_config.json        the LoRA settings, the base model, and a digest of the weights
-optimizer.safetensors      AdamW's moments (training checkpoints; its metadata has the step count)
+optimizer.safetensors      the optimizer's moments (training checkpoints; its metadata has the step count)
 gradients.safetensors      accumulated gradients (runs that were put away whole)
 
 A folder appears with all of its files or not at all. In one that was encrypted all have the suffix .age.
@@ -32,6 +32,7 @@ from tinsmith.engine.commands import LoraSpec
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import Layout
 from tinsmith.engine.runs import State
+from tinsmith.wire.optimizers import Family
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -52,12 +53,13 @@ def write(
     layout: Layout,
     state: State,
     *,
-    optimizer: bool,
+    optimizer: Family | None,
     gradients: bool,
     recipients: Sequence[Any] = (),
 ) -> int:
-    """Write a new folder at `path`, encrypted to `recipients` if there are any; returns its size in bytes.
-    Raises FolderError and leaves nothing then."""
+    """Write a new folder at `path`, with the moments of the run's `optimizer` unless that is None, encrypted
+    to `recipients` if there are any; returns its size in bytes. Raises FolderError, and leaves nothing
+    then."""
     target = Path(path)
     if target.exists():
         raise FolderError(f"{path} exists already")
@@ -65,9 +67,10 @@ def write(
     try:
         temporary.mkdir(parents=True)
         _save(temporary / WEIGHTS, _named(layout, state.params))
-        if optimizer and state.first is not None and state.second is not None:
+        if optimizer is not None and state.first is not None:
             moments = {"first": state.first, "second": state.second}
-            _save(temporary / OPTIMIZER, moments, {"step": str(state.step)})
+            there = {name: moment for name, moment in moments.items() if moment is not None}
+            _save(temporary / OPTIMIZER, there, {"step": str(state.step)})
         if gradients and state.gradient is not None:
             _save(temporary / GRADIENTS, {"gradient": state.gradient})
         spec = layout.spec
@@ -80,6 +83,7 @@ def write(
             "target_modules": sorted({s.name.rpartition(".")[2] for s in layout.slots}),
             "tinsmith": {
                 **dataclasses.asdict(spec),
+                **({"optimizer": optimizer} if optimizer is not None else {}),
                 "fingerprint": model.fingerprint,
                 "digest": hashlib.sha256(state.params.cpu().numpy().data).hexdigest(),
             },
@@ -109,11 +113,8 @@ def read_spec(path: str, model: BaseModel) -> tuple[LoraSpec, str]:
             "the checkpoint is encrypted to age recipients, and the server has no key of theirs; it can be"
             " downloaded, and decrypted with age -d"
         )
-    try:
-        config = json.loads((Path(path) / CONFIG).read_text())
-        own: dict[str, Any] = dict(config["tinsmith"])
-    except (OSError, ValueError, KeyError) as error:
-        raise FolderError(f"the checkpoint cannot be read: {type(error).__name__}: {error}") from error
+    own = _own_config(path)
+    own.pop("optimizer", None)
     fingerprint, digest = own.pop("fingerprint"), own.pop("digest")
     if fingerprint != model.fingerprint:
         raise FolderError(
@@ -121,6 +122,19 @@ def read_spec(path: str, model: BaseModel) -> tuple[LoraSpec, str]:
             "serve the base that it was made on"
         )
     return LoraSpec(**own), digest
+
+
+def read_optimizer(path: str) -> Family:
+    """The optimizer of the run that the folder was made of. Raises FolderError."""
+    family: Family = _own_config(path).get("optimizer", "adamw")
+    return family
+
+
+def _own_config(path: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads((Path(path) / CONFIG).read_text())["tinsmith"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FolderError(f"the checkpoint cannot be read: {type(error).__name__}: {error}") from error
 
 
 def read(path: str, layout: Layout, device: torch.device, *, optimizer: bool, gradients: bool) -> State:
@@ -139,7 +153,8 @@ def read(path: str, layout: Layout, device: torch.device, *, optimizer: bool, gr
                 view.copy_(tensor.view(view.shape))
         if optimizer and (folder / OPTIMIZER).exists():
             with safe_open(folder / OPTIMIZER, framework="pt") as f:
-                state.first, state.second = f.get_tensor("first"), f.get_tensor("second")
+                state.first = f.get_tensor("first")
+                state.second = f.get_tensor("second") if "second" in f.keys() else None  # noqa: SIM118
                 state.step = int(f.metadata()["step"])
         if gradients and (folder / GRADIENTS).exists():
             with safe_open(folder / GRADIENTS, framework="pt") as f:

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from tinsmith.wire.images import ImageChunk
+from tinsmith.wire.optimizers import AdamParams as AdamParams
+from tinsmith.wire.optimizers import DimuonParams as DimuonParams
+from tinsmith.wire.optimizers import Family as Family
 from tinsmith.wire.sampling import PromptTargets
 
 Category = Literal["user", "server"]
@@ -48,30 +51,20 @@ class LoraSpec:
     train_unembed: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class AdamParams:
-    """One AdamW step's parameters, as torch.optim.AdamW. `grad_clip_norm` 0 means no clipping."""
-
-    learning_rate: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-12
-    weight_decay: float = 0.0
-    grad_clip_norm: float = 0.0
-
-
 # Training runs. Every one of these but Release names its seq_id in errors and logs only: order is
 # the order of submission.
 
 
 @dataclass(frozen=True, slots=True)
 class CreateAdapter:
-    """A new run on the base model `model`. Answers {}. Its commands use the device as part of `share`."""
+    """A new run on the base model `model`, with the optimizer that it has for good. Answers {}. Its commands
+    use the device as part of `share`."""
 
     run: str
     model: str
     lora: LoraSpec
     share: Share = Share()
+    optimizer: Family = "adamw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +84,14 @@ class ForwardBackward:
 
 @dataclass(frozen=True, slots=True)
 class OptimStep:
-    """One optimizer step on the accumulated gradients, which it clears.
+    """One optimizer step on the accumulated gradients, which it clears. `params` are of the run's optimizer.
 
     Answers {"metrics": {...}}. With nothing accumulated nothing changes, and it succeeds.
     """
 
     run: str
     seq_id: int
-    params: AdamParams
+    params: AdamParams | DimuonParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +126,8 @@ class SaveExternal:
 class LoadState:
     """Replace the run's weights by those in folder `path`; the accumulated gradients are dropped.
 
-    With `optimizer` the moments and the step count come along, else they start anew. With
-    `gradients` the accumulated gradients are restored (a run that was put away whole).
+    With `optimizer` the moments and the step count come along, which must be of the run's optimizer; else
+    they start anew. With `gradients` the accumulated gradients are restored (a run that was put away whole).
     The adapter in `path` must have the run's rank and train_* flags. Answers {}.
     """
 

@@ -263,7 +263,7 @@ class Engine:
                 "lora_config: at least one of train_attn, train_mlp and train_unembed must be true"
             )
         try:
-            run = Run.create(command.run, model, spec)
+            run = Run.create(command.run, model, spec, command.optimizer)
         except ValueError as error:
             raise ContentError(f"lora_config: {error}") from error
         if run.nbytes * 4 > self.budget.adapters:
@@ -383,7 +383,12 @@ class Engine:
             case SaveState():
                 self._bring_back(run)
                 size = adapter_files.write(
-                    command.path, run.model, run.layout, run.live, optimizer=True, gradients=command.gradients
+                    command.path,
+                    run.model,
+                    run.layout,
+                    run.live,
+                    optimizer=run.optimizer,
+                    gradients=command.gradients,
                 )
                 return Done({"size_bytes": size})
             case SaveExternal():
@@ -394,7 +399,7 @@ class Engine:
                     run.model,
                     run.layout,
                     run.live,
-                    optimizer=False,
+                    optimizer=None,
                     gradients=False,
                     recipients=recipients,
                 )
@@ -402,6 +407,8 @@ class Engine:
             case LoadState():
                 spec, _ = adapter_files.read_spec(command.path, run.model)
                 _same_shape(run, spec)
+                if command.optimizer:
+                    _same_optimizer(run, adapter_files.read_optimizer(command.path))
                 state = adapter_files.read(
                     command.path,
                     run.layout,
@@ -418,7 +425,7 @@ class Engine:
                 written = None
                 if command.path is not None:
                     written = adapter_files.write(
-                        command.path, run.model, run.layout, run.live, optimizer=False, gradients=False
+                        command.path, run.model, run.layout, run.live, optimizer=None, gradients=False
                     )
                 self.snapshots.publish(command.sampler, run.model, run.layout, run.weights, command.path)
                 self.snapshots.entries[command.sampler].used = self._clock
@@ -527,7 +534,7 @@ class Engine:
 
     def _put_away(self, run: Run) -> None:
         path = str(Path(self.config.spill_dir) / f"run-{uuid.uuid4().hex}")
-        adapter_files.write(path, run.model, run.layout, run.live, optimizer=True, gradients=True)
+        adapter_files.write(path, run.model, run.layout, run.live, optimizer=run.optimizer, gradients=True)
         run.spilled = path
         run.replace(None)
 
@@ -562,6 +569,15 @@ def _same_shape(run: Run, spec: object) -> None:
                 f"the checkpoint has {name} {theirs}, this run has {getattr(own, name)}; create the training "
                 "client from the checkpoint instead (create_training_client_from_state)"
             )
+
+
+def _same_optimizer(run: Run, theirs: str) -> None:
+    if theirs != run.optimizer:
+        raise ContentError(
+            f"the checkpoint has the state of the optimizer {theirs}, this run was created with "
+            f"{run.optimizer}; load the weights alone, or create the training client from the checkpoint "
+            "(create_training_client_from_state_with_optimizer)"
+        )
 
 
 def _failed(what: str, error: Exception) -> Failed:

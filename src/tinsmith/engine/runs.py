@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tinsmith.engine.commands import (
     AdamParams,
+    DimuonParams,
+    Family,
     ForwardBackward,
     LoadState,
     LoraSpec,
@@ -24,8 +26,9 @@ from tinsmith.engine.commands import (
 )
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights, Gradients, Layout
-from tinsmith.engine.optimizers import adamw
+from tinsmith.engine.optimizers import adamw, dimuon
 from tinsmith.engine.training import TrainingJob
+from tinsmith.wire.training import ContentError
 
 RunCommand = ForwardBackward | OptimStep | SaveState | SaveExternal | LoadState | Publish | ReleaseRun
 Answer = Callable[[Reply], None]
@@ -35,8 +38,8 @@ Answer = Callable[[Reply], None]
 class State:
     """What a run is: all of it goes into a snapshot, nothing else does. fp32, flat, on the device.
 
-    params, first, second: [layout.size]; first and second are None before the first step. gradient is
-    None when nothing is accumulated.
+    params, first, second: [layout.size]; first and second are None before the first step, second always where
+    the optimizer has no second moment. gradient is None when nothing is accumulated.
     """
 
     params: Tensor
@@ -59,6 +62,7 @@ class Run:
     model: BaseModel
     layout: Layout
     state: State | None
+    optimizer: Family = "adamw"
     waiting: deque[tuple[RunCommand, Answer]] = field(default_factory=deque)
     jobs: deque[TrainingJob] = field(default_factory=deque)  # forward_backwards under way, in seq order
     spilled: str | None = None
@@ -67,9 +71,9 @@ class Run:
     _weights: AdapterWeights | None = None
 
     @classmethod
-    def create(cls, name: str, model: BaseModel, spec: LoraSpec) -> Run:
+    def create(cls, name: str, model: BaseModel, spec: LoraSpec, optimizer: Family = "adamw") -> Run:
         layout = Layout(model.slots, spec)
-        return cls(name, model, layout, State(layout.initialize().to(model.device)))
+        return cls(name, model, layout, State(layout.initialize().to(model.device)), optimizer)
 
     @property
     def live(self) -> State:
@@ -97,14 +101,25 @@ class Run:
         else:
             state.gradient += gradients.flat
 
-    def optimize(self, params: AdamParams) -> dict[str, float]:
-        """One optimizer step; with nothing accumulated nothing changes. Returns metrics."""
+    def optimize(self, params: AdamParams | DimuonParams) -> dict[str, float]:
+        """One optimizer step; with nothing accumulated nothing changes. Returns metrics. Raises ContentError
+        for another optimizer's parameters."""
+        if params.family != self.optimizer:
+            raise ContentError(
+                f"these are parameters of {params.family}, but this run was created with the optimizer "
+                f"{self.optimizer}; send {'AdamParams' if self.optimizer == 'adamw' else 'DimuonParams'}"
+            )
         state = self.live
         if state.gradient is None:
             return {}
-        if state.first is None or state.second is None:
-            state.first, state.second = torch.zeros_like(state.params), torch.zeros_like(state.params)
-        norm = adamw(state.params, state.gradient, state.first, state.second, state.step + 1, params)
+        first = state.first if state.first is not None else torch.zeros_like(state.params)
+        if isinstance(params, AdamParams):
+            second = state.second if state.second is not None else torch.zeros_like(state.params)
+            norm = adamw(state.params, state.gradient, first, second, state.step + 1, params)
+            state.second = second
+        else:
+            norm = dimuon(self.layout, state.params, state.gradient, first, params)
+        state.first = first
         state.step += 1
         state.gradient = None
         self._weights = None

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from tinsmith.engine.commands import (
-    AdamParams,
     Command,
     CreateAdapter,
     Done,
@@ -32,6 +31,7 @@ from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.runs import RunRow
 from tinsmith.store.samplers import SamplingSessionRow
 from tinsmith.store.scope import SERVER, Scope
+from tinsmith.wire.optimizers import Family, from_log
 from tinsmith.wire.paths import CheckpointKind, TinkerPath
 
 from .context import Context
@@ -100,7 +100,7 @@ class StepMaker:
             return Step((command,), answer=lambda done: done.payload)
         values = json.loads(body)
         if kind == "optim_step":
-            return Step((OptimStep(self.run.id, seq_id, AdamParams(**values)),), answer=_metrics)
+            return Step((OptimStep(self.run.id, seq_id, from_log(values)),), answer=_metrics)
         if kind == "create_model":
             return self._create(values)
         if kind == "create_by_load":
@@ -118,14 +118,15 @@ class StepMaker:
     def _create(self, values: dict[str, Any]) -> Step:
         lora = LoraSpec(**values["lora"])
         return Step(
-            (CreateAdapter(self.run.id, self.run.base_model, lora),),
+            (CreateAdapter(self.run.id, self.run.base_model, lora, optimizer=self.run.optimizer),),
             answer=lambda _: {"type": "create_model", "model_id": self.run.id},
             commit=lambda connection, _: runs.set_state(connection, self.run.id, "live"),
         )
 
     async def _create_by_load(self, seq_id: int, values: dict[str, Any]) -> Step:
         load = await self._load(seq_id, values)
-        create = CreateAdapter(self.run.id, self.run.base_model, LoraSpec(**values["lora"]))
+        lora = LoraSpec(**values["lora"])
+        create = CreateAdapter(self.run.id, self.run.base_model, lora, optimizer=self.run.optimizer)
         load.commands = (create, *load.commands)
         load.commit = lambda connection, _: runs.set_state(connection, self.run.id, "live")
         return load
@@ -280,6 +281,7 @@ class Source:
     base_model: str
     fingerprint: str
     lora: dict[str, object]
+    optimizer: Family
 
     @property
     def lora_shape(self) -> str:
@@ -297,7 +299,7 @@ async def find_checkpoint(
         run = runs.get(connection, row.run_id, SERVER) if row is not None else None
         if row is None or run is None:
             return None
-        return row, Source(run.project_id, run.base_model, run.fingerprint, run.lora)
+        return row, Source(run.project_id, run.base_model, run.fingerprint, run.lora, run.optimizer)
 
     found = await context.store.read(look)
     if found is None:

@@ -13,13 +13,13 @@ from tinsmith.store.runs import RunRow
 from tinsmith.store.sessions import SessionRow
 from tinsmith.wire.errors import WireError
 from tinsmith.wire.fields import Fields
+from tinsmith.wire.optimizers import Family, read_family, read_params, to_log
 from tinsmith.wire.paths import TinkerPath
 from tinsmith.wire.requests import (
     CreateByLoad,
     CreateModel,
     LoadWeights,
     LoraConfig,
-    OptimStep,
     SaveExternal,
     SaveWeights,
     Target,
@@ -51,7 +51,9 @@ class Training:
         model = self._context.model(request.base_model)
         refusal: str | None = None
         lora = LoraSpec(rank=0, seed=0, alpha=_ALPHA)
+        family: Family = "adamw"
         try:
+            family = read_family(fields) or family
             config = LoraConfig.read(fields, model.max_rank)
             lora = LoraSpec(
                 rank=config.rank,
@@ -63,7 +65,7 @@ class Training:
             )
         except WireError as error:
             refusal = str(error)
-        row = self._run_row(session, request.model_seq_id, model, asdict(lora), request.user_metadata)
+        row = self._run_row(session, request.model_seq_id, model, asdict(lora), family, request.user_metadata)
         return await self._runs.create(row, "create_model", encode({"lora": asdict(lora)}), refusal)
 
     async def create_by_load(self, caller: Caller, fields: Fields) -> Receipt:
@@ -73,6 +75,7 @@ class Training:
         refusal: str | None = None
         values: dict[str, object] = {}
         lora: dict[str, object] = asdict(LoraSpec(rank=0, seed=0, alpha=_ALPHA))
+        family: Family = "adamw"
         model = self._context.model(request.base_model) if request.base_model is not None else None
         try:
             values = await self._load_values(caller, fields)
@@ -80,11 +83,18 @@ class Training:
                 self._context, TinkerPath.parse(str(values["path"])), scope_of(values)
             )
             lora = source.lora
+            wanted = read_family(fields)
+            family = source.optimizer if values["optimizer"] else wanted or family
+            if wanted not in (None, family):
+                raise Refusal(
+                    f"optimizer_config: is {wanted}, but this checkpoint goes on with its own optimizer,"
+                    f" {family}; leave it out, or load the weights alone"
+                )
             model = model or self._context.model(source.base_model)
         except (WireError, Refusal) as error:
             refusal = str(error)
             model = model or next(iter(self._context.engine.info.models.values()))
-        row = self._run_row(session, request.model_seq_id, model, lora, request.user_metadata)
+        row = self._run_row(session, request.model_seq_id, model, lora, family, request.user_metadata)
         return await self._runs.create(row, "create_by_load", encode({**values, "lora": lora}), refusal)
 
     def _run_row(
@@ -93,6 +103,7 @@ class Training:
         model_seq_id: int,
         model: ModelInfo,
         lora: dict[str, object],
+        optimizer: Family,
         user_metadata: dict[str, object] | None,
     ) -> RunRow:
         now = time.time()
@@ -108,6 +119,7 @@ class Training:
             state="fresh",
             base_model=model.name,
             lora=lora,
+            optimizer=optimizer,
             user_metadata=user_metadata,
             fingerprint=model.fingerprint,
             dtype=model.dtype,
@@ -128,7 +140,7 @@ class Training:
 
     async def optim_step(self, caller: Caller, fields: Fields) -> Receipt:
         return await self._submit_values(
-            caller, Target.read(fields), "optim_step", lambda: asdict(OptimStep.read(fields))
+            caller, Target.read(fields), "optim_step", lambda: to_log(read_params(fields))
         )
 
     async def save_weights(self, caller: Caller, fields: Fields) -> Receipt:
@@ -166,9 +178,20 @@ class Training:
         target = Target.read(fields)
         try:
             values = await self._load_values(caller, fields)
+            await self._check_family(caller, target, fields)
         except WireError as error:
             return await self._runs.submit(caller, target, "load_weights", b"", "identity", str(error))
         return await self._runs.submit(caller, target, "load_weights", encode(values), "identity", None)
+
+    async def _check_family(self, caller: Caller, target: Target, fields: Fields) -> None:
+        """A run that exists has its optimizer for good."""
+        run = (await self._runs.get(caller, target.model_id)).row
+        wanted = read_family(fields)
+        if wanted not in (None, run.optimizer):
+            raise WireError(
+                "optimizer_config",
+                f"is {wanted}, but this run was created with {run.optimizer}, for good; leave it out",
+            )
 
     async def _load_values(self, caller: Caller, fields: Fields) -> dict[str, object]:
         request = LoadWeights.read(fields)

@@ -8,6 +8,8 @@ from typing import Literal
 
 import sqlalchemy as sa
 
+from tinsmith.wire.optimizers import Family
+
 from .scope import Scope
 from .tables import runs
 
@@ -33,6 +35,7 @@ class RunRow:
     versions: dict[str, str]
     snapshot: str | None = None
     snapshot_seq: int | None = None
+    optimizer: Family = "adamw"
 
 
 def add(connection: sa.Connection, row: RunRow) -> bool:
@@ -53,6 +56,7 @@ def add(connection: sa.Connection, row: RunRow) -> bool:
             state=row.state,
             base_model=row.base_model,
             lora=json.dumps(row.lora),
+            optimizer=row.optimizer,
             user_metadata=json.dumps(row.user_metadata) if row.user_metadata is not None else None,
             fingerprint=row.fingerprint,
             dtype=row.dtype,

@@ -147,6 +147,7 @@ runs = Table(
     Column("state", String(16), nullable=False),
     Column("base_model", String(1024), nullable=False),
     Column("lora", Text, nullable=False),
+    Column("optimizer", String(16), nullable=False, server_default="adamw"),
     Column("user_metadata", Text),
     # What the weights were made with; another base under the same name must not take them.
     Column("fingerprint", String(256), nullable=False),

@@ -96,7 +96,6 @@ class LoraConfig:
     @classmethod
     def read(cls, fields: Fields, max_rank: int) -> LoraConfig:
         """From a create_model request, of which it is a part."""
-        check_optimizer_config(fields)
         lora = fields.optional_child("lora_config")
         if lora is None:
             raise fields.error(
@@ -114,46 +113,6 @@ class LoraConfig:
                 "lora_config", "train_attn, train_mlp and train_unembed are all false; set at least one"
             )
         return config
-
-
-def check_optimizer_config(fields: Fields) -> None:
-    """Only AdamW is offered; another optimizer must not be replaced by it unasked."""
-    optimizer = fields.optional_child("optimizer_config")
-    kind = optimizer.raw("type") if optimizer is not None else "adamw"
-    if kind not in ("adamw", None):
-        raise fields.error("optimizer_config.type", f"{kind!r} is not offered by this server; use 'adamw'")
-
-
-@dataclass(frozen=True, slots=True)
-class OptimStep:
-    learning_rate: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    grad_clip_norm: float
-
-    @classmethod
-    def read(cls, fields: Fields) -> OptimStep:
-        for other in ("optimizer_params", "optim_params"):
-            if fields.has(other) and not fields.has("adam_params"):
-                params = fields.child(other)
-                kind = params.raw("type")
-                if kind not in (None, "adam", "adamw"):
-                    raise fields.error(
-                        f"{other}.type", f"{kind!r} is not offered by this server; use AdamParams"
-                    )
-                break
-        else:
-            params = fields.child("adam_params")
-        return cls(
-            learning_rate=params.number("learning_rate", 1e-4, least=0.0),
-            beta1=params.number("beta1", 0.9, least=0.0, below=1.0),
-            beta2=params.number("beta2", 0.95, least=0.0, below=1.0),
-            eps=params.number("eps", 1e-12, least=0.0),
-            weight_decay=params.number("weight_decay", 0.0, least=0.0),
-            grad_clip_norm=params.number("grad_clip_norm", 0.0, least=0.0),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +191,6 @@ class LoadWeights:
 
     @classmethod
     def read(cls, fields: Fields) -> LoadWeights:
-        check_optimizer_config(fields)
         return cls(
             path=fields.text("path", longest=2048),
             optimizer=fields.flag("optimizer", False),

@@ -52,7 +52,7 @@ def make_trained(row: str, root: Path, **flags: bool) -> Trained:
     train(run, request(TEXTS))
     run.optimize(AdamParams(learning_rate=1e-2))
     adapter = root / f"{row}-adapter{''.join(f'-{name}' for name, on in flags.items() if not on)}"
-    adapter_files.write(str(adapter), run.model, run.layout, run.live, optimizer=False, gradients=False)
+    adapter_files.write(str(adapter), run.model, run.layout, run.live, optimizer=None, gradients=False)
     return Trained(row, base, adapter, run, logprobs(train(run, request(TEXTS, forward_only=True))))
 
 

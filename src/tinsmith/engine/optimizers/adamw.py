@@ -1,4 +1,4 @@
-"""Optimizer steps over an adapter's flat buffers."""
+"""AdamW over an adapter's flat buffers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.commands import AdamParams
+from tinsmith.engine.optimizers.clipping import clip
 from tinsmith.wire.training import ContentError
-
-
-def clip_coefficient(norm: float, limit: float) -> float:
-    """What torch.nn.utils.clip_grad_norm_ multiplies gradients by; `limit` 0 switches clipping off."""
-    return 1.0 if limit <= 0 else min(1.0, limit / (norm + 1e-6))
 
 
 @torch.no_grad()
@@ -32,10 +28,7 @@ def adamw(
             f"adam_params: learning_rate {settings.learning_rate} with weight_decay {settings.weight_decay} "
             f"and eps {settings.eps} goes beyond fp32; use smaller ones"
         )
-    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-    scale = clip_coefficient(norm, settings.grad_clip_norm)
-    if scale != 1.0:
-        gradient.mul_(scale)
+    norm = clip(gradient, settings.grad_clip_norm)
     params.mul_(decay)
     first.lerp_(gradient, 1 - settings.beta1)
     second.mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)

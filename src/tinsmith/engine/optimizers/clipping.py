@@ -1,0 +1,20 @@
+"""Clipping by the global norm, the same for every optimizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def clip_coefficient(norm: float, limit: float) -> float:
+    """What torch.nn.utils.clip_grad_norm_ multiplies gradients by; `limit` 0 switches clipping off."""
+    return 1.0 if limit <= 0 else min(1.0, limit / (norm + 1e-6))
+
+
+def clip(gradient: Tensor, limit: float) -> float:
+    """Clip a flat gradient in place to the norm `limit`. Returns the norm before."""
+    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    scale = clip_coefficient(norm, limit)
+    if scale != 1.0:
+        gradient.mul_(scale)
+    return norm
