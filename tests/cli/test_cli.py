@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import httpx
@@ -67,3 +69,58 @@ def test_a_model_that_is_none_ends_the_server_with_a_reason(tmp_path: Path) -> N
     assert server.process is not None
     assert server.process.wait(60) == 1
     assert "the engine did not start" in server.log()
+
+
+def test_weights_that_are_cut_off_are_said_before_the_server_is_ready(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "cut"))
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    server = Server(folder, tmp_path / "data").start(wait=False)
+    assert server.process is not None
+    assert server.process.wait(60) == 1
+    assert f"the engine did not start: tests/tiny: {file} is truncated" in server.log()
+    assert "Traceback" not in server.log()
+
+
+class TestModelsCheck:
+    def test_a_page(self, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["models", "check", str(tiny_model), "--dtype", "fp32", "--memory", "1GB"]) == 0
+        page = capsys.readouterr().out
+        for line in (
+            r"architecture +Qwen3ForCausalLM",
+            r"parameters +0.14 M, 0.14 M active per token \(0.11 M beside the embedding\)",
+            r"weights +558.6 kB in fp32",
+            r"adapter +\S+ M parameters at rank 32: \S+ MB with gradient and moments, \S+ kB as a sampler",
+            r"cache +512.0 kB per 1,000 tokens\n",
+            r"context +512 tokens",
+            r"path +packed training, paged cache",
+            r"images +no",
+            r"fits +yes: 1.1 GB to plan with on cpu",
+        ):
+            assert re.search(line, page), (line, page)
+
+    def test_json_and_a_model_of_the_settings(
+        self, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        flags = ["--json", "--rank", "8", "--model", f"org/tiny={tiny_model}", "--memory", "1000"]
+        assert main(["model", "check", "org/tiny", *flags]) == 1
+        said = json.loads(capsys.readouterr().out)
+        assert (said["name"], said["rank"], said["fits"]) == ("org/tiny", 8, False)
+        assert "1000" in said["why_not"]
+
+    def test_errors_name_what_they_are_about(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for arguments, code, said in (
+            ([str(tmp_path)], 1, f"{tmp_path} has no config.json"),
+            (["nowhere"], 2, "there is no folder 'nowhere'"),
+            ([str(tmp_path), "--rank", "0"], 2, "rank: must be at least 1"),
+            ([str(tmp_path), "--memory", "much"], 2, "'much' is no number of bytes"),
+        ):
+            assert main(["models", "check", *arguments]) == code
+            captured = capsys.readouterr()
+            assert said in captured.err
+            assert captured.err.count("\n") == 1
+            assert not captured.out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -456,3 +458,65 @@ class TestFoldersThatSomethingIsWrongWith:
         (model / WEIGHTS).unlink()  # the config alone says so
         with pytest.raises(ModelError, match=r"need \d+ bytes in float32, and 1000 are left"):
             load(str(model), CPU, torch.float32, room=1000)
+
+
+MEASURE = """
+import json, re, sys, torch
+from pathlib import Path
+from tinsmith.engine.model.base import BaseModel
+from tinsmith.engine.model.loading import load
+
+def resident(what):
+    return 1024 * int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+torch.set_num_threads(1)
+small, large = sys.argv[1:]
+load(small, torch.device("cpu"), torch.bfloat16)  # what is imported on the way does not count
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far does not, either
+before = resident("VmRSS")
+module = load(large, torch.device("cpu"), torch.bfloat16).module
+weights = sum(p.numel() * p.element_size() for p in module.parameters())
+print(json.dumps([weights, resident("VmHWM") - before]))
+"""
+
+
+@pytest.mark.parametrize("stored", ["fp32", "fp8"])
+def test_loading_needs_little_more_memory_than_the_weights(
+    family: Family, tmp_path: Path, stored: str
+) -> None:
+    """In bf16, from a file of twice and one of half that size; half of all weights are one tensor."""
+    folder = Path(shutil.copytree(family("Qwen3Moe"), tmp_path / "large"))
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 1024, "vocab_size": 8192, "num_hidden_layers": 1}
+    set_config(folder, num_experts=32, num_local_experts=32, **sizes)
+    tensors = {name: x for name, x in load_file(folder / WEIGHTS).items() if "layers.1" not in name}
+    for name, size in {
+        "model.embed_tokens.weight": (8192, 1024),
+        "lm_head.weight": (8192, 1024),
+        "model.norm.weight": (1024,),
+        "model.layers.0.input_layernorm.weight": (1024,),
+        "model.layers.0.post_attention_layernorm.weight": (1024,),
+        "model.layers.0.self_attn.q_proj.weight": (64, 1024),
+        "model.layers.0.self_attn.k_proj.weight": (32, 1024),
+        "model.layers.0.self_attn.v_proj.weight": (32, 1024),
+        "model.layers.0.self_attn.o_proj.weight": (1024, 64),
+        "model.layers.0.mlp.gate.weight": (32, 1024),
+        **{
+            f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight": (1024, 1024)
+            for expert in range(32)
+            for part in ("gate", "up", "down")
+        },
+    }.items():
+        if stored == "fp8" and name.endswith("_proj.weight"):
+            tensors[name] = torch.zeros(size, dtype=torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.ones(-(-size[0] // 128), -(-size[1] // 128))
+        else:
+            tensors[name] = torch.zeros(size)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    if stored == "fp8":
+        set_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    command = [sys.executable, "-c", MEASURE, str(family("Qwen3Moe")), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    weights, peak = json.loads(done.stdout)
+    assert weights > 200e6
+    assert weights * 0.9 < peak < weights * 1.2

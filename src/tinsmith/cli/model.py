@@ -26,10 +26,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check = actions.add_parser(
         "check", help="say from a model's config alone whether and how it would be served; no weights needed"
     )
-    check.add_argument("name", metavar="NAME|PATH", help="a folder in Hugging Face layout, or a hub id")
+    check.add_argument(
+        "name",
+        metavar="NAME|PATH",
+        help="a model of the settings, a folder in Hugging Face layout, or a hub id",
+    )
     check.add_argument("--rank", type=int, default=32, help="of the adapters to plan with (default: 32)")
     check.add_argument("--json", action="store_true", help="print it as JSON, sizes in bytes")
-    add_settings(check, only=("device", "dtype", "memory", "trust_remote_code"))
+    add_settings(check, only=("models", "device", "dtype", "memory", "trust_remote_code"))
     check.set_defaults(run=_check)
 
 
@@ -55,13 +59,17 @@ def _path(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     """0 if it fits, 1 if it does not or cannot be served at all."""
+    from transformers.utils.logging import set_verbosity_error
+
     from tinsmith.engine.model.base import ModelError
     from tinsmith.engine.model.describe import describe
 
+    set_verbosity_error()  # which kernels it would like to have is not the question
     settings = read_settings(arguments)
     if arguments.rank < 1:
         raise SettingsError(f"rank: must be at least 1, not {arguments.rank}")
-    source = parse_model(arguments.name)
+    sources = {source.name: source for source in settings.models}
+    source = sources.get(arguments.name) or parse_model(arguments.name)
     try:
         found = describe(
             source.name,
@@ -83,10 +91,13 @@ def _page(found: Description) -> str:
     cache = f"{_size(found.cache_bytes_per_1k_tokens)} per 1,000 tokens"
     if found.state_bytes_per_sequence:
         cache += f", and {_size(found.state_bytes_per_sequence)} of state per sequence"
+    beside = found.active_parameters - found.embedding_parameters
     lines = {
         "architecture": found.architecture,
-        "parameters": f"{_count(found.parameters)}, {_count(found.active_parameters)} active per token",
-        "weights": f"{_size(found.weights_bytes)} in {found.dtype}",
+        "parameters": f"{_count(found.parameters)}, {_count(found.active_parameters)} active per token"
+        + (f" ({_count(beside)} beside the embedding)" if found.embedding_parameters else ""),
+        "weights": f"{_size(found.weights_bytes)} in {found.dtype}"
+        + (f", from {found.quantized}" if found.quantized else ""),
         "adapter": f"{_count(found.adapter_parameters)} parameters at rank {found.rank}: "
         f"{_size(found.adapter_bytes)} with gradient and moments, {_size(found.sampler_bytes)} as a sampler",
         "cache": cache,
@@ -96,7 +107,7 @@ def _page(found: Description) -> str:
             "packed, recurrent": "packed training and paged cache; recurrent layers in padded batches",
             "generic": "transformers' own attention and cache, sequences apart",
         }[found.way],
-        "images": "yes" if found.images else "no",
+        "images": "yes, if its vision tower is one that this server knows" if found.images else "no",
         "fits": f"{'yes' if found.fits else 'no'}: {_size(found.device_bytes)} to plan with on "
         f"{found.device}{'' if found.fits else '; ' + found.why_not}",
     }
@@ -104,7 +115,10 @@ def _page(found: Description) -> str:
 
 
 def _count(number: int) -> str:
-    return f"{number / 1e9:.2f} B" if number >= 10**9 else f"{number / 1e6:.2f} M"
+    for unit, power in (("T", 12), ("B", 9)):
+        if number >= 10**power:
+            return f"{number / 10**power:.2f} {unit}"
+    return f"{number / 1e6:.2f} M"
 
 
 def _size(number: int) -> str:

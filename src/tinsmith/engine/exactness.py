@@ -17,6 +17,7 @@ from torch import Tensor
 from tinsmith.engine.kv_cache import PagePool
 from tinsmith.engine.model.attention import PADDING, PAGE, pad_rows
 from tinsmith.engine.model.base import BaseModel
+from tinsmith.engine.model.lora import LoraLinear
 from tinsmith.engine.model.packing import PackedSequences, Pass, Segment, running
 from tinsmith.engine.paged_attention import Chunk, PagedAttention
 from tinsmith.engine.states import SampledRecurrence, StatePool
@@ -25,6 +26,7 @@ _TOGETHER = (1, 2, 3, 4, 5, 7, 8, 13, 21)  # how many sequences go through the r
 _BATCHES = (1, 4, 8, 16)  # what their number is filled up to: the smallest multiple that is exact
 _NARROW = 16
 _DRAWS = 24  # times that is tried: two ways to a function differ in the last bit of few numbers only
+_COPIED = 1 << 22  # numbers of a weight of which a transposed copy may be made
 _COUNTS = (1, 2, 3, 5, 11)  # how many times the padding: odd counts reach the kernels' remainders
 
 
@@ -54,7 +56,7 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(model.device, model.dtype)
+        return torch.randn(*shape, generator=generator, dtype=model.dtype).to(model.device)
 
     found: list[str] = []
     shapes = {(s.in_features, s.out_features) for s in model.slots}
@@ -63,11 +65,22 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
     products |= {(i, r) for i, _ in shapes for r in ranks} | {(r, o) for _, o in shapes for r in ranks}
     products |= {(o, i) for i, o in products}
     products |= model.routers
+    # The model's own weights where there are some: others as large would need memory that nothing else does.
+    own = {
+        tuple(reversed(m.weight.shape)): m.weight.detach()
+        for m in model.module.modules()
+        if isinstance(m, LoraLinear)
+    }
     for inner, outer in sorted(products):
         narrow = min(inner, outer) < _NARROW
         for _ in range(_DRAWS if narrow else 1):
             x = random((5 if narrow else 2) * max(_COUNTS) * PADDING.rows, inner)
-            if not _rows_hold(x, random(outer, inner) * inner**-0.5):
+            weight = own.get((inner, outer))
+            if weight is None and (outer, inner) in own:
+                weight = own[outer, inner].T
+            if weight is None:
+                weight = random(outer, inner).mul_(inner**-0.5)
+            if not _rows_hold(x, weight):
                 found.append(f"linear {inner} -> {outer} in {model.dtype}")
                 break
     for shape, layer in {shape: layer for layer, shape in model.attention_layers.items()}.items():
@@ -136,7 +149,9 @@ def _sigmoid_holds(x: Tensor) -> bool:
 def _rows_hold(x: Tensor, weight: Tensor) -> bool:
     """x: [rows, in], weight: [out, in]. Narrow products go other ways than wide ones, which differ seldom:
     those are tried in many places."""
-    back = weight.T.contiguous()
+    # Large ones are a model's own, of which the transposed one is tried by itself.
+    back = weight if weight.shape[0] == weight.shape[1] else weight.T
+    back = back if weight.numel() > _COPIED else back.contiguous()
     whole, whole_back = F.linear(x, weight), x @ back
     tries = [(c, start) for c in _COUNTS for start in (0, PADDING.rows * max(_COUNTS))]
     if min(weight.shape) < _NARROW:

@@ -101,7 +101,7 @@ class BaseModel:
         try:
             found = load(path, device, dtype, room=room, trust_remote_code=trust_remote_code)
         except ModelError as error:
-            raise ModelError(f"{name}: {error}") from error
+            raise error.of(name) from error
         self._adopt(name, path, found.module, found.tokenizer, device, dtype, max_context)
         self.fingerprint = fingerprint(found.folder)
         if sees(self.module.config):

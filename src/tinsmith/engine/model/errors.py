@@ -1,8 +1,14 @@
 """What is raised when a model cannot be served."""
 
+from __future__ import annotations
+
 
 class ModelError(Exception):
     """A model cannot be served; the message names the folder or file and the cause."""
+
+    def of(self, name: str) -> ModelError:
+        """The same about the model that is served as `name`."""
+        return self if str(self).startswith(name) else ModelError(f"{name}: {self}")
 
 
 def short(error: Exception) -> str:
