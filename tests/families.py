@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.engine.tiny import SIZES, make_family
+from tests.quantized import quantize
 
 HEAD = {"head_dim": 16}
 MLA = {
@@ -97,8 +98,20 @@ RECURRENT = {"Qwen3_5Text", "Qwen3_5MoeText", "Qwen3Next", "NemotronH", "KimiLin
 GENERIC = {"Gemma2"}  # through transformers' own attention and cache, and within rounding, too
 
 
+# Rows as they are published: the format of the weights, and what config.json says beside it.
+QUANTIZED: dict[str, tuple[str, dict]] = {
+    "DeepseekV3-fp8": ("fp8", {}),
+    "DeepseekV3-kimi_k2": ("int4", {"model_type": "kimi_k2"}),
+    "GptOss-mxfp4": ("mxfp4", {}),
+}
+
+
 def make(row: str, root: Path) -> Path:
-    """The folder of a row's model, made in `root` on its first use."""
+    """The folder of a row's model, made in `root` on its first use; `tests.quantized.full` of it is what
+    transformers gives the same from."""
     if not (root / row).exists():
+        if row in QUANTIZED:
+            name, config = QUANTIZED[row]
+            return quantize(make(row.partition("-")[0], root), root / row, name, **config)
         make_family(row.partition("-")[0], "ForCausalLM", root / row, FAMILIES[row])
     return root / row

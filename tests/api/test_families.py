@@ -13,16 +13,18 @@ from tinker import types
 from transformers import AutoModelForCausalLM
 
 from tests.engine.tiny import relative, tokens
-from tests.families import FAMILIES, GENERIC, RECURRENT, make
+from tests.families import FAMILIES, GENERIC, QUANTIZED, RECURRENT, make
 from tests.harness import Server
+from tests.quantized import full
 
+ROWS = [*FAMILIES, *QUANTIZED]
 GREEDY = [(40, 12), (7, 20), (90, 5), (1, 9)]  # tokens of a prompt, tokens to sample
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
-    return {row: make(row, root) for row in FAMILIES}
+    return {row: make(row, root) for row in ROWS}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def client(
         server.end()
 
 
-@pytest.mark.parametrize("row", FAMILIES)
+@pytest.mark.parametrize("row", ROWS)
 class TestServed:
     def test_logprobs_are_those_of_transformers(
         self, client: tinker.ServiceClient, folders: dict[str, Path], row: str
@@ -48,7 +50,7 @@ class TestServed:
         texts = [tokens(n, n) for n in (33, 5, 80)]
         training = client.create_lora_training_client(f"tests/{row}", rank=4, seed=1).result()
         out = training.forward([datum(text) for text in texts], "cross_entropy").result()
-        reference = AutoModelForCausalLM.from_pretrained(folders[row], attn_implementation="eager")
+        reference = AutoModelForCausalLM.from_pretrained(full(folders[row]), attn_implementation="eager")
         for text, output in zip(texts, out.loss_fn_outputs, strict=True):
             assert relative(logprobs(output), expected(reference, text)) < 1e-5
 
@@ -66,7 +68,7 @@ class TestServed:
             )
             for prompt, (_, count) in zip(prompts, GREEDY, strict=True)
         ]
-        reference = AutoModelForCausalLM.from_pretrained(folders[row], dtype=torch.float32)
+        reference = AutoModelForCausalLM.from_pretrained(full(folders[row]), dtype=torch.float32)
         for prompt, (_, count), future in zip(prompts, GREEDY, futures, strict=True):
             ids = torch.tensor([prompt])
             out = reference.generate(
