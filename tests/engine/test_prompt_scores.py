@@ -17,7 +17,7 @@ from tinsmith.engine.model.lora import AdapterWeights
 from tinsmith.engine.model.packing import PackedSequences, Pass, Segment
 from tinsmith.engine.sampler import Sampler
 from tinsmith.wire import tinsmith_pb2 as pb
-from tinsmith.wire.sampling import PromptTargets
+from tinsmith.wire.targets import PromptTargets
 from tinsmith.wire.training import ContentError
 
 

@@ -11,7 +11,7 @@ from tests.wire.test_requests import _sent
 from tinsmith.wire.errors import WireError
 from tinsmith.wire.fields import Fields
 from tinsmith.wire.sample_request import SampleRequest
-from tinsmith.wire.sampling import PromptTargets
+from tinsmith.wire.targets import PromptTargets
 
 
 def test_sample() -> None:

@@ -20,7 +20,7 @@ from tinsmith.wire.images import ImageChunk
 from tinsmith.wire.optimizers import AdamParams as AdamParams
 from tinsmith.wire.optimizers import DimuonParams as DimuonParams
 from tinsmith.wire.optimizers import Family as Family
-from tinsmith.wire.sampling import PromptTargets
+from tinsmith.wire.targets import PromptTargets
 
 Category = Literal["user", "server"]
 

@@ -18,10 +18,10 @@ from tinsmith.wire.sampling import (
     EMPTY_LOGPROB,
     EMPTY_TOKEN,
     PromptAnswers,
-    PromptTargets,
     TargetLogprobs,
     TopK,
 )
+from tinsmith.wire.targets import PromptTargets
 from tinsmith.wire.training import ContentError
 
 MOST_CELLS = 1 << 22  # token ids or logprobs that a request may ask of its prompt, of each kind

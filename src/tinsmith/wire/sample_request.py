@@ -12,7 +12,7 @@ import numpy as np
 from .errors import WireError
 from .fields import Fields
 from .images import ImageChunk
-from .sampling import PromptTargets
+from .targets import PromptTargets
 from .tensors import csr_problem
 
 MOST_SAMPLES = 4096

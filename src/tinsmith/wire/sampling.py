@@ -1,4 +1,4 @@
-"""What a sample request asks of its prompt, and the protobuf answer."""
+"""The protobuf answer to a sample request."""
 
 from __future__ import annotations
 
@@ -20,19 +20,6 @@ class TopK:
 
     token_ids: npt.NDArray[np.int32] | npt.NDArray[np.int64]
     logprobs: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class PromptTargets:
-    """Token ids to score at prompt positions: cell [i, j] of a [rows, columns] matrix at position i + 1,
-    nothing where it is -1. `ids`, and for a CSR matrix `crow` and `col`, are int64 as bytes; without those
-    two `ids` are all cells, row by row."""
-
-    rows: int
-    columns: int
-    ids: bytes
-    crow: bytes | None = None
-    col: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
