@@ -91,6 +91,12 @@ class Run:
     def replace(self, state: State | None) -> None:
         """Take `state` for the run's own."""
         self.state = state
+        self._outdate()
+
+    def _outdate(self) -> None:
+        """The weights have changed. A sampler may go on with those that were."""
+        if self._weights is not None:
+            self._weights.rest()
         self._weights = None
 
     def accumulate(self, gradients: Gradients) -> None:
@@ -122,7 +128,7 @@ class Run:
         state.first = first
         state.step += 1
         state.gradient = None
-        self._weights = None
+        self._outdate()
         return {"unclipped_grad_l2:mean": norm}
 
     @property

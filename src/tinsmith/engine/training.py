@@ -25,6 +25,7 @@ from tinsmith.engine.model.lora import AdapterWeights, Gradients, Layout
 from tinsmith.engine.model.packing import Block, PackedSequences, Pass, Segment, running
 from tinsmith.engine.model.recurrent import PackedRecurrence
 from tinsmith.engine.model.vision import Expanded, Part
+from tinsmith.engine.optimizers.clipping import gradient_norm
 from tinsmith.wire.training import Array, ContentError, Datum, TrainingRequest, encode_output
 
 BLOCK_TOKENS = 512  # a block ends before the sequence that would go beyond; a longer sequence is one block
@@ -91,7 +92,7 @@ class TrainingJob:
         """The encoded ForwardBackwardOutput. Raises ContentError for a loss that is not finite."""
         total = math.fsum(self.loss_sums)
         if not math.isfinite(total) or (
-            self.gradients is not None and not bool(torch.isfinite(self.gradients.flat).all())
+            self.gradients is not None and not math.isfinite(gradient_norm(self.gradients.flat))
         ):
             raise ContentError(
                 f"the {self.loss.name} loss or its gradient is not finite ({total}); check 'logprobs', "
@@ -192,7 +193,7 @@ def run_pass(work: Sequence[tuple[TrainingJob, _Cut]]) -> None:
         gradient = torch.zeros_like(hidden) if backward else None
         for job, cut, start in blocks:
             _loss(job, cut, hidden.detach(), gradient, start)
-        if gradient is not None:
+        if gradient is not None and hidden.requires_grad:
             hidden.backward(gradient)
 
 

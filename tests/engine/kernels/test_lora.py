@@ -24,6 +24,23 @@ def factors(inner: int, outer: int, rank: int, seed: int = 0) -> tuple[Tensor, T
     return random(rank, inner, seed=seed + 1) / 8, random(outer, rank, seed=seed + 2) / 4
 
 
+def packs(a: Tensor, b: Tensor, scale: float = 1.0) -> kernel.Packs:
+    rank = len(a)
+    made = kernel.Packs([("w", a.shape[1], len(b))], -(-rank // 16) * 16, backward=True)
+    made.fill({"w": (a.float(), b.float())}, rank, scale)
+    return made
+
+
+def forward(a: Tensor, b: Tensor) -> kernel.Packed:
+    return packs(a, b).forward("w")
+
+
+def backward(a: Tensor, b: Tensor) -> kernel.Packed:
+    packed = packs(a, b).backward("w")
+    assert packed is not None
+    return packed
+
+
 def chain(x: Tensor, packed: kernel.Packed, rank: int, y: Tensor) -> kernel.Chain:
     return kernel.Chain(x, packed, torch.empty(len(x), rank, dtype=torch.bfloat16), y)
 
@@ -33,21 +50,43 @@ def test_both_directions_are_those_of_double_precision(shape: tuple[int, int, in
     rows, inner, outer, rank = shape
     a, b = factors(inner, outer, rank)
     x, dy = random(rows, inner), random(rows, outer, seed=9)
-    forward = chain(x, kernel.pack_forward(a, b), rank, random(rows, outer, seed=5))
-    backward = chain(dy, kernel.pack_backward(a, b), rank, random(rows, inner, seed=6))
-    y, dx = forward.y.clone(), backward.y.clone()
-    kernel.run([forward, backward])
-    assert relative(forward.z, x.double() @ a.double().T) < ROUNDING
-    assert relative(forward.y, y.double() + forward.z.double() @ b.double().T) < ROUNDING
-    assert relative(backward.z, dy.double() @ b.double()) < ROUNDING
-    assert relative(backward.y, dx.double() + backward.z.double() @ a.double()) < ROUNDING
+    y, dx = random(rows, outer, seed=5), random(rows, inner, seed=6)
+    out = chain(x, forward(a, b), rank, y.clone())
+    back = chain(dy, backward(a, b), rank, dx.clone())
+    kernel.run([out, back])
+    assert out.y is not None
+    assert back.y is not None
+    assert relative(out.z, x.double() @ a.double().T) < ROUNDING
+    assert relative(out.y, y.double() + out.z.double() @ b.double().T) < ROUNDING
+    assert relative(back.z, dy.double() @ b.double()) < ROUNDING
+    assert relative(back.y, dx.double() + back.z.double() @ a.double()) < ROUNDING
+
+
+@pytest.mark.parametrize("rank", [1, 16, 30])
+def test_both_packs_hold_the_rounded_matrices_the_rank_padded(rank: int) -> None:
+    inner, outer = 70, 34
+    a, b = torch.randn(rank, inner), torch.randn(outer, rank)
+    made = packs(a, b, scale=3.0)
+    padding = made.padded - rank
+    wanted_a = torch.nn.functional.pad(a.bfloat16(), (0, 0, 0, padding))
+    wanted_b = torch.nn.functional.pad((b * 3).bfloat16(), (0, padding))
+    assert torch.equal(made.matrices("w")[0], wanted_a)
+    assert torch.equal(made.matrices("w")[1], wanted_b)
+    dy = random(5, outer)
+    packed = made.backward("w")
+    assert packed is not None
+    back = chain(dy, packed, made.padded, torch.zeros(5, inner, dtype=torch.bfloat16))
+    kernel.run([back])
+    assert back.y is not None
+    assert relative(back.z, dy.double() @ wanted_b.double()) < ROUNDING
+    assert relative(back.y, back.z.double() @ wanted_a.double()) < ROUNDING
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_row_does_not_depend_on_its_company(shape: tuple[int, int, int, int]) -> None:
     rows, inner, outer, rank = shape
-    packed = kernel.pack_forward(*factors(inner, outer, rank))
-    other = kernel.pack_forward(*factors(inner, outer, 16, seed=40))
+    packed = forward(*factors(inner, outer, rank))
+    other = forward(*factors(inner, outer, 16, seed=40))
     x, y = random(rows, inner), random(rows, outer, seed=5)
     with threads(2):
         whole = chain(x, packed, rank, y.clone())
@@ -64,7 +103,7 @@ def test_a_row_does_not_depend_on_its_company(shape: tuple[int, int, int, int]) 
 def test_columns_of_a_wider_output_are_left_alone() -> None:
     y = random(20, 96)
     before = y.clone()
-    kernel.run([chain(random(20, 32), kernel.pack_forward(*factors(32, 40, 16)), 16, y[:, 24:64])])
+    kernel.run([chain(random(20, 32), forward(*factors(32, 40, 16)), 16, y[:, 24:64])])
     assert torch.equal(y[:, :24], before[:, :24])
     assert torch.equal(y[:, 64:], before[:, 64:])
     assert not torch.equal(y[:, 24:64], before[:, 24:64])
@@ -85,10 +124,15 @@ def test_gradients_are_those_of_double_precision_block_after_block(
     together, apart = (a.clone(), b.clone()), (a.clone(), b.clone())
     cut = rows // 4 * 2
     parts = [slice(0, cut), slice(cut, rows)]
+
+    def block(p: slice, into: tuple[Tensor, Tensor]) -> kernel.Outer:
+        addresses = (t.data_ptr() for t in into)
+        return kernel.Outer(x[p], dz[p], dy[p], z[p], *addresses, rank, 0.5)
+
     with threads(2):
-        kernel.add_gradients([kernel.Outer(x[p], dz[p], dy[p], z[p], *together, 0.5) for p in parts])
+        kernel.add_gradients([block(p, together) for p in parts])
     for p in parts:
-        kernel.add_gradients([kernel.Outer(x[p], dz[p], dy[p], z[p], *apart, 0.5)])
+        kernel.add_gradients([block(p, apart)])
     assert relative(together[0], expected_a) < 1e-6
     assert relative(together[1], expected_b) < 1e-6
     assert torch.equal(together[0], apart[0])

@@ -30,7 +30,7 @@ _NUMBERS = 1 << 18  # results that are compared at least: another depth shows in
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel serves tensors of this kind here."""
-    return device.type == "cpu" and dtype is torch.bfloat16 and lora.available()
+    return lora.usable(device, dtype)
 
 
 @functools.cache

@@ -146,6 +146,57 @@ void outer(const u16* x, int64_t ldx, const u32* z, int64_t rows, int64_t padded
   }
 }
 
+constexpr int64_t BAND = 32;  // numbers of a side of a matrix that are rearranged together
+
+// to[i] = bf16(scale * from[i]), n a multiple of 16 or masked at the end
+inline void round_row(u16* to, const float* from, int64_t n, float scale) {
+  const __m512 by = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < n; i += LANES) {
+    const __mmask16 m = n - i < LANES ? (__mmask16)((1u << (n - i)) - 1) : (__mmask16)0xffff;
+    _mm256_mask_storeu_epi16(to + i, m, (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_maskz_loadu_ps(m, from + i), by)));
+  }
+}
+
+// An adapter's A [rank][in] and scaled B [out][rank] as pairs: of A^T and B^T for the way forward, and of B and A,
+// where wanted, for the way back. The rank is padded with zeros, so are columns.
+struct Pack {
+  const float *a, *b;
+  int64_t in, out;
+  u32 *a_turned, *b_turned, *b_plain, *a_plain;
+};
+
+// Columns [c, c + wide) of A.
+void pack_a(const Pack& p, int64_t c, int64_t wide, int64_t rank, int64_t padded, u16* band) {
+  const int64_t stride = (p.in + LANES - 1) / LANES * LANES;
+  std::fill(band, band + padded * BAND, 0);
+  for (int64_t r = 0; r < rank; r++) round_row(band + r * BAND, p.a + r * p.in + c, wide, 1.0f);
+  const u32* two = (const u32*)band;
+  for (int64_t k = 0; k < wide / 2; k++)
+    for (int64_t r = 0; r < padded; r++) p.a_turned[(c / 2 + k) * padded + r] = two[r * (BAND / 2) + k];
+  if (p.a_plain)
+    for (int64_t k = 0; k < padded / 2; k++) {
+      const u16 *even = band + 2 * k * BAND, *odd = even + BAND;
+      for (int64_t i = 0; i < std::min(BAND, stride - c); i++)
+        p.a_plain[k * stride + c + i] = (u32)even[i] | (u32)odd[i] << 16;
+    }
+}
+
+// Rows [c, c + wide) of B.
+void pack_b(const Pack& p, int64_t c, int64_t wide, int64_t rank, int64_t padded, float scale, u16* band) {
+  const int64_t stride = (p.out + LANES - 1) / LANES * LANES;
+  std::fill(band, band + padded * BAND, 0);
+  for (int64_t r = 0; r < wide; r++) round_row(band + r * padded, p.b + (c + r) * rank, rank, scale);
+  const u32* two = (const u32*)band;
+  for (int64_t k = 0; k < padded / 2; k++)
+    for (int64_t i = 0; i < std::min(BAND, stride - c); i++)
+      p.b_turned[k * stride + c + i] = two[i * (padded / 2) + k];
+  if (p.b_plain)
+    for (int64_t k = 0; k < wide / 2; k++) {
+      const u16 *even = band + 2 * k * padded, *odd = even + padded;
+      for (int64_t r = 0; r < padded; r++) p.b_plain[(c / 2 + k) * padded + r] = (u32)even[r] | (u32)odd[r] << 16;
+    }
+}
+
 // rows 2i and 2i+1 of z [rows][width], interleaved
 void pair_rows(const u16* z, int64_t rows, int64_t width, u32* out) {
   for (int64_t i = 0; i < rows / 2; i++)
@@ -159,6 +210,28 @@ extern "C" {
 
 int lora_usable() { return 1; }
 
+// Adapters' matrices for both ways; `in` and `out` are even.
+void lora_pack(const Pack* packs, int count, int64_t rank, int64_t padded, float scale, int threads) {
+  struct Task { int pack; bool second; int64_t from; };
+  std::vector<Task> tasks;
+  for (int i = 0; i < count; i++) {
+    for (int64_t c = 0; c < packs[i].in; c += BAND) tasks.push_back({i, false, c});
+    for (int64_t c = 0; c < packs[i].out; c += BAND) tasks.push_back({i, true, c});
+  }
+  const int64_t total = (int64_t)tasks.size();
+#pragma omp parallel num_threads(threads) if (total > 16)
+  {
+    std::vector<u16> band(padded * BAND);
+#pragma omp for schedule(dynamic, 16)
+    for (int64_t t = 0; t < total; t++) {
+      const Pack& p = packs[tasks[t].pack];
+      const int64_t c = tasks[t].from;
+      if (tasks[t].second) pack_b(p, c, std::min(BAND, p.out - c), rank, padded, scale, band.data());
+      else pack_a(p, c, std::min(BAND, p.in - c), rank, padded, band.data());
+    }
+  }
+}
+
 // Each chain's rows, tile after tile. No two chains may write the same elements.
 void lora_chains(const Chain* chains, int count, int threads) {
   std::vector<std::pair<int, int64_t>> tiles;
@@ -171,7 +244,7 @@ void lora_chains(const Chain* chains, int count, int threads) {
     const int64_t row = tiles[t].second, rows = std::min(TILE, c.rows - row);
     u16* z = c.z + row * c.rank;
     product(c.x + row * c.ldx, c.ldx, c.first, c.k, c.rank, z, c.rank, rows, false);
-    product(z, c.rank, c.second, c.rank, c.n, c.y + row * c.ldy, c.ldy, rows, true);
+    if (c.y) product(z, c.rank, c.second, c.rank, c.n, c.y + row * c.ldy, c.ldy, rows, true);
   }
 }
 

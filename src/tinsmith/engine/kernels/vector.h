@@ -27,6 +27,7 @@ inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 inline V divide(V a, V b) { return _mm512_div_ps(a, b); }
+inline V root(V x) { return _mm512_sqrt_ps(x); }
 inline V maximum(V a, V b) { return _mm512_max_ps(a, b); }
 inline V where_below(V x, V limit, V yes, V no) {  // x < limit ? yes : no
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), no, yes);
@@ -48,6 +49,7 @@ inline V add(V a, V b) { return _mm256_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 inline V divide(V a, V b) { return _mm256_div_ps(a, b); }
+inline V root(V x) { return _mm256_sqrt_ps(x); }
 inline V maximum(V a, V b) { return _mm256_max_ps(a, b); }
 inline V where_below(V x, V limit, V yes, V no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, limit, _CMP_LT_OQ));

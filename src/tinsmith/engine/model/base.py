@@ -215,7 +215,8 @@ class BaseModel:
         """token_ids: int64 [rows], a padded number of them -> final hidden states [rows, hidden].
 
         positions: int64 [rows], or [3, rows] where rows are those of images, whose features are `visual`.
-        With gradients enabled the result carries a graph whose backward pass fills the blocks' gradients.
+        With gradients enabled the result carries a graph whose backward pass fills the blocks' gradients;
+        none where no adapter came by.
         """
         extra: dict[str, Any] = {}
         with running(this):
@@ -229,8 +230,7 @@ class BaseModel:
                         "deepstack_visual_embeds": list(visual.features.deep),
                     }
             if torch.is_grad_enabled():
-                # The adapters are no inputs of autograd: this is what makes backward reach them all.
-                embedded = embedded.detach().requires_grad_(True)
+                this.anchor = torch.zeros((), requires_grad=True)
             if self.vision is not None:  # text beside an image must get its rotation in the same way
                 positions = positions.expand(3, -1).contiguous()
             if self.generic:

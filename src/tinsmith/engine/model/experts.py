@@ -78,6 +78,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        anchor: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         plan: _Plan,
@@ -104,9 +105,10 @@ class _GroupedLinear(torch.autograd.Function):
         (dy,) = grads
         x, weight, *saved = ctx.saved_tensors
         hidden = iter(saved)
-        dx = torch.empty_like(x)
-        for expert, start, stop in ctx.plan.spans:
-            dx[start:stop] = dy[start:stop] @ weight[expert]
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        if dx is not None:
+            for expert, start, stop in ctx.plan.spans:
+                dx[start:stop] = dy[start:stop] @ weight[expert]
         for group in ctx.plan.groups:
             rows = slice(group.start, group.stop)
             for name, columns in ctx.parts:
@@ -115,10 +117,11 @@ class _GroupedLinear(torch.autograd.Function):
                     continue
                 h, part = next(hidden), dy[rows, columns].contiguous()
                 dh = part @ ab[1]
-                dx[rows] += dh @ ab[0]
+                if dx is not None:
+                    dx[rows] += dh @ ab[0]
                 if group.gradients is not None:
                     group.gradients.add(name, group.expert, x[rows], h, part, dh)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 def _factors(group: _Group, name: str) -> tuple[Tensor, Tensor] | None:
@@ -174,6 +177,12 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
     pairs = torch.arange(tokens, device=hidden.device).repeat_interleave(k)
     x = hidden.new_zeros(plan.rows, hidden.shape[1]).index_copy(0, plan.place, hidden.index_select(0, pairs))
     name = getattr(self, "tinsmith_name", "")
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[tuple[str, slice]]) -> Tensor:
+        anchor = None if x.requires_grad else this.anchor_of(part for part, _ in parts)
+        y: Tensor = _GroupedLinear.apply(x, anchor, weight, bias, plan, parts)
+        return y
+
     if self.has_gate:
         inner = up.shape[1] // 2
         gate, rest = (
@@ -181,11 +190,11 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
             if self.is_concatenated
             else (slice(0, None, 2), slice(1, None, 2))
         )
-        y = _GroupedLinear.apply(x, up, up_bias, plan, [(f"{name}.w1", gate), (f"{name}.w3", rest)])
+        y = linear(x, up, up_bias, [(f"{name}.w1", gate), (f"{name}.w3", rest)])
         y = self._apply_gate(y)
     else:
-        y = self.act_fn(_GroupedLinear.apply(x, up, up_bias, plan, [(f"{name}.w1", slice(None))]))
-    z = _GroupedLinear.apply(y, down, down_bias, plan, [(f"{name}.w2", slice(None))])
+        y = self.act_fn(linear(x, up, up_bias, [(f"{name}.w1", slice(None))]))
+    z = linear(y, down, down_bias, [(f"{name}.w2", slice(None))])
     out = z.index_select(0, plan.place).view(tokens, k, -1) * top_k_weights.unsqueeze(-1)
     out = out.sum(dim=1).to(hidden.dtype)
     return out if of_batch is None else out.index_select(0, of_batch)

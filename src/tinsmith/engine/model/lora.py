@@ -108,60 +108,102 @@ def _numel(shape: tuple[int, ...]) -> int:
     return n
 
 
+def _packable(slots: Sequence[Slot]) -> list[tuple[str, int, int]]:
+    return [
+        (s.name, s.in_features, s.out_features)
+        for s in slots
+        if not s.experts and kernel.packable(s.in_features, s.out_features)
+    ]
+
+
 class AdapterWeights:
     """An adapter's weights as the model computes with them: the base's dtype, the rank padded to a
     multiple of PADDING.rows with zeros (a product with few columns takes kernels that are not row-invariant),
     alpha / rank folded into B. Immutable: an optimizer step makes new ones.
+
+    Plain matrices are kept as the CPU kernel reads them, where it is used, and nowhere else.
     """
 
-    __slots__ = ("__weakref__", "_a", "_b", "_packed", "_tables", "nbytes", "serial")
+    __slots__ = ("__weakref__", "_a", "_b", "_packs", "_tables", "rank", "serial")
     _serials = itertools.count(1)
 
     def __init__(self, layout: Layout, flat: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        scale, rank = layout.spec.alpha / layout.spec.rank, layout.spec.rank
+        scale, rank, views = layout.spec.alpha / layout.spec.rank, layout.spec.rank, layout.views(flat)
         padding = pad_rows(rank) - rank
-        a = {n: F.pad(x, (0, 0, 0, padding)).to(device, dtype) for n, (x, _) in layout.views(flat).items()}
-        b = {n: F.pad(x * scale, (0, padding)).to(device, dtype) for n, (_, x) in layout.views(flat).items()}
-        self._fill(a, b)
+        plain = _packable(layout.slots) if kernel.usable(device, dtype) else []
+        packs = kernel.Packs(plain, rank + padding, backward=True) if plain else None
+        if packs is not None:
+            packs.fill(views, rank, scale)
+        rest = {n: v for n, v in views.items() if packs is None or n not in packs.shapes}
+        a = {n: F.pad(x, (0, 0, 0, padding)).to(device, dtype) for n, (x, _) in rest.items()}
+        b = {n: F.pad(x * scale, (0, padding)).to(device, dtype) for n, (_, x) in rest.items()}
+        self._fill(a, b, packs, rank + padding)
 
-    def _fill(self, a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-        self._a, self._b = a, b
-        self._packed: dict[tuple[str, bool], kernel.Packed | None] = {}
+    def _fill(
+        self, a: dict[str, Tensor], b: dict[str, Tensor], packs: kernel.Packs | None, rank: int
+    ) -> None:
+        self._a, self._b, self._packs, self.rank = a, b, packs, rank
         self._tables: dict[tuple[str, ...], npt.NDArray[np.int64]] = {}
-        self.nbytes = sum(x.numel() * x.element_size() for x in (*a.values(), *b.values()))
         self.serial = next(AdapterWeights._serials)  # identity that is never used again, unlike id()
+
+    @property
+    def nbytes(self) -> int:
+        own = sum(x.numel() * x.element_size() for x in (*self._a.values(), *self._b.values()))
+        return own + (0 if self._packs is None else self._packs.nbytes)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything, for a file; `restore` reads it."""
-        named = {f"{n}.A": x for n, x in self._a.items()} | {f"{n}.B": x for n, x in self._b.items()}
-        return {n: x.cpu().contiguous() for n, x in named.items()}
+        names = [*self._a, *(self._packs.shapes if self._packs is not None else ())]
+        pairs = {n: self.get(n) for n in names}
+        return {
+            f"{n}.{part}": x.cpu().contiguous()
+            for n, pair in pairs.items()
+            if pair is not None
+            for part, x in zip("AB", pair, strict=True)
+        }
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], device: torch.device) -> AdapterWeights:
-        """The weights that `tensors` was made from, bit for bit."""
+        """The weights that `tensors` was made from, bit for bit; for sampling."""
         weights = cls.__new__(cls)
-        weights._fill(
-            {n[:-2]: x.to(device) for n, x in tensors.items() if n.endswith(".A")},
-            {n[:-2]: x.to(device) for n, x in tensors.items() if n.endswith(".B")},
-        )
+        a = {n[:-2]: x.to(device) for n, x in tensors.items() if n.endswith(".A")}
+        b = {n[:-2]: x.to(device) for n, x in tensors.items() if n.endswith(".B")}
+        some = next(iter(a.values()))
+        rank = some.shape[-2]
+        packs = None
+        if kernel.usable(device, some.dtype):
+            plain = [
+                (n, x.shape[1], b[n].shape[0])
+                for n, x in a.items()
+                if x.dim() == b[n].dim() == 2 and kernel.packable(x.shape[1], b[n].shape[0])
+            ]
+            if plain:
+                packs = kernel.Packs(plain, rank, backward=False)
+                packs.fill({n: (a.pop(n).float(), b.pop(n).float()) for n, _, _ in plain}, rank, 1.0)
+        weights._fill(a, b, packs, rank)
         return weights
+
+    def has(self, name: str) -> bool:
+        """Whether a slot is trained."""
+        return name in self._a or (self._packs is not None and name in self._packs.shapes)
 
     def get(self, name: str) -> tuple[Tensor, Tensor] | None:
         """(A, scaled B) of a slot, or None where it is not trained."""
+        if self._packs is not None and name in self._packs.shapes:
+            return self._packs.matrices(name)
         a = self._a.get(name)
         return None if a is None else (a, self._b[name])
 
     def packed(self, name: str, *, backward: bool) -> kernel.Packed | None:
-        """A slot's matrices as the kernel wants them, made on first use; None if they do not suit it."""
-        key = name, backward
-        if key not in self._packed:
-            a, b = self._a[name], self._b[name]
-            made = None
-            if kernel.packable(a, b):
-                made = (kernel.pack_backward if backward else kernel.pack_forward)(a, b)
-                self.nbytes += made.nbytes
-            self._packed[key] = made
-        return self._packed[key]
+        """A slot's matrices as the kernel wants them; None where it does not serve them."""
+        if self._packs is None or name not in self._packs.shapes:
+            return None
+        return self._packs.backward(name) if backward else self._packs.forward(name)
+
+    def rest(self) -> None:
+        """Give up what only training needs: the run has newer weights."""
+        if self._packs is not None:
+            self._packs.forget_backward()
 
     def table(self, names: tuple[str, ...]) -> npt.NDArray[np.int64]:
         """What linear.cpp wants to know of these slots: [names, 3], the addresses of both packed matrices and
@@ -170,9 +212,9 @@ class AdapterWeights:
         if found is None:
             found = np.zeros((len(names), 3), np.int64)
             for i, name in enumerate(names):
-                packed = self.packed(name, backward=False) if name in self._a else None
+                packed = self.packed(name, backward=False)
                 if packed is not None:
-                    found[i] = packed.first.data_ptr(), packed.second.data_ptr(), len(self._a[name])
+                    found[i] = packed.first, packed.second, self.rank
             self._tables[names] = found
         return found
 
@@ -180,20 +222,31 @@ class AdapterWeights:
 class Gradients:
     """fp32 gradients of one request (or one run): a flat buffer beside the adapter's."""
 
-    __slots__ = ("flat", "rank", "scale", "views")
+    __slots__ = ("flat", "layout", "rank", "scale")
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.flat = torch.zeros(layout.size, dtype=torch.float32, device=device)
-        self.views = layout.views(self.flat)
+        self.layout = layout
         self.rank = layout.spec.rank
         self.scale = layout.spec.alpha / layout.spec.rank
+
+    def views(self, name: str) -> tuple[Tensor, Tensor]:
+        """d A and d B of a slot."""
+        a, of_a, b, of_b = self.layout.ranges[name]
+        return self.flat[a : a + _numel(of_a)].view(of_a), self.flat[b : b + _numel(of_b)].view(of_b)
+
+    def addresses(self, name: str) -> tuple[int, int]:
+        """Where d A and d B of a slot lie."""
+        a, _, b, _ = self.layout.ranges[name]
+        base = self.flat.data_ptr()
+        return base + 4 * a, base + 4 * b
 
     def add(self, name: str, expert: int | None, x: Tensor, h: Tensor, dy: Tensor, dh: Tensor) -> None:
         """Add one block's dA = dh^T x and dB = scale dy^T h.
 
         x: [n, in], h = A x: [n, padded r], dy: [n, out], dh = dy (scaled B): [n, padded r].
         """
-        a, b = self.views[name]
+        a, b = self.views(name)
         if expert is not None:
             a = a[expert] if a.dim() == 3 else a
             b = b[expert] if b.dim() == 3 else b
@@ -208,22 +261,22 @@ def _forward(
     y = F.linear(x, weight, bias)
     hidden: list[Tensor | None] = []
     chains: list[kernel.Chain] = []
-    by_kernel = kernel.usable(x)
+    by_kernel = kernel.usable(x.device, x.dtype)
     for segment in segments:
         rows = x[segment.start : segment.stop]
         for name, columns in parts:
             weights = segment.weights
-            ab = weights.get(name) if weights is not None else None
-            if weights is None or ab is None:
+            if weights is None or not weights.has(name):
                 hidden.append(None)
                 continue
             out = y[segment.start : segment.stop, columns]
             packed = weights.packed(name, backward=False) if by_kernel else None
             if packed is None:
-                h = F.linear(rows, ab[0])
-                out += F.linear(h, ab[1])
+                a, b = weights.get(name)  # type: ignore[misc]
+                h = F.linear(rows, a)
+                out += F.linear(h, b)
             else:
-                h = x.new_empty(len(rows), len(ab[0]))
+                h = x.new_empty(len(rows), weights.rank)
                 chains.append(kernel.Chain(rows, packed, h, out))
             hidden.append(h)
     if chains:
@@ -233,7 +286,15 @@ def _forward(
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, this: Pass) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        parts: Parts,
+        this: Pass,
+    ) -> Tensor:
         y, hidden = _forward(x, weight, bias, parts, this.segments)
         ctx.save_for_backward(x, weight, *[h for h in hidden if h is not None])
         ctx.has, ctx.parts, ctx.this = [h is not None for h in hidden], parts, this
@@ -245,8 +306,8 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, *saved = ctx.saved_tensors
         rest = iter(saved)
         hidden = [next(rest) if has else None for has in ctx.has]
-        dx = dy @ weight
-        by_kernel = kernel.usable(x)
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        by_kernel = kernel.usable(x.device, x.dtype)
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         for part, (name, columns) in enumerate(ctx.parts):
             chains: list[kernel.Chain] = []
@@ -256,31 +317,32 @@ class _LoraLinear(torch.autograd.Function):
                     continue
                 rows = slice(segment.start, segment.stop)
                 packed = segment.weights.packed(name, backward=True) if by_kernel else None
+                into = None if dx is None else dx[rows]
                 if packed is None:
-                    _plain_backward(x, dy[rows, columns].contiguous(), dx[rows], h, segment, name)
+                    _plain_backward(x, dy[rows, columns].contiguous(), into, h, segment, name)
                     continue
                 dh = torch.empty_like(h)
-                chains.append(kernel.Chain(dy[rows, columns], packed, dh, dx[rows]))
+                chains.append(kernel.Chain(dy[rows, columns], packed, dh, into))
                 for block in segment.blocks:
                     inner = slice(block.start - segment.start, block.stop - segment.start)
                     outer = slice(block.start, block.stop)
-                    a, b = block.gradients.views[name]
-                    scale = block.gradients.scale
-                    outers.append(
-                        kernel.Outer(x[outer], dh[inner], dy[outer, columns], h[inner], a, b, scale)
-                    )
+                    own = block.gradients
+                    at_a, at_b = own.addresses(name)
+                    factors = (x[outer], dh[inner], dy[outer, columns], h[inner])
+                    outers.append(kernel.Outer(*factors, at_a, at_b, own.rank, own.scale))
             if chains:
                 kernel.run(chains)
             if outers:
                 kernel.add_gradients(outers)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
-def _plain_backward(x: Tensor, dy: Tensor, dx: Tensor, h: Tensor, segment: Segment, name: str) -> None:
+def _plain_backward(x: Tensor, dy: Tensor, dx: Tensor | None, h: Tensor, segment: Segment, name: str) -> None:
     """One adapter's part of the backward pass by torch; dy, dx and h are the segment's rows alone."""
     a, b = segment.weights.get(name)  # type: ignore[union-attr, misc]
     dh = dy @ b
-    dx += dh @ a
+    if dx is not None:
+        dx += dh @ a
     for block in segment.blocks:
         inner = slice(block.start - segment.start, block.stop - segment.start)
         block.gradients.add(name, None, x[block.start : block.stop], h[inner], dy[inner], dh[inner])
@@ -343,8 +405,9 @@ class LoraLinear(nn.Module):
         if this.places is not None:
             flat = flat.index_select(0, this.places.of_rows)
         y: Tensor
-        if torch.is_grad_enabled():
-            y = _LoraLinear.apply(flat, self.weight, self.bias, self.parts, this)
+        anchor = None if flat.requires_grad else this.anchor_of(name for name, _ in self.parts)
+        if torch.is_grad_enabled() and (flat.requires_grad or anchor is not None):
+            y = _LoraLinear.apply(flat, anchor, self.weight, self.bias, self.parts, this)
         elif self.packed is not None and len(flat) <= PACKED_ROWS:
             y = linear.run(flat, self.packed.matrices, self.packed.where(this.segments, len(flat)))
         else:

@@ -8,7 +8,7 @@ is what makes a matrix product's rows independent of their number (see exactness
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -87,12 +87,25 @@ class Places:
 @dataclass(slots=True)
 class Pass:
     """One trip of packed rows through the model. While a recurrent layer works on a batch of sequences,
-    the pass is one over their rows alone, and `places` says where they are."""
+    the pass is one over their rows alone, and `places` says where they are.
+
+    Adapters are no inputs of autograd, and nothing before the first of them needs a gradient: where a
+    layer's input has none, `anchor` is what makes the backward pass come by.
+    """
 
     segments: Sequence[Segment]
     attention: AttentionBackend | None = None
     recurrent: RecurrentBackend | None = None
     places: Places | None = None
+    anchor: Tensor | None = None
+
+    def anchor_of(self, slots: Iterable[str]) -> Tensor | None:
+        """The anchor, for a layer one of whose slots has an adapter in this pass."""
+        if self.anchor is None:
+            return None
+        names = list(slots)
+        trained = any(s.weights is not None and any(map(s.weights.has, names)) for s in self.segments)
+        return self.anchor if trained else None
 
 
 _current: ContextVar[Pass | None] = ContextVar("tinsmith_pass", default=None)

@@ -74,6 +74,8 @@ class Apart:
     def run(self, mixer: Mixer, hidden: Tensor, state: Any) -> Tensor:
         """hidden: [rows of the whole pass, H] -> [real places, H]."""
         x = hidden.index_select(0, self.rows).unflatten(0, (self.count, self.length))
+        outer = current_pass()
+        self.inner.anchor = None if outer is None else outer.anchor
         with running(self.inner):
             out = mixer(x, state)
         return out.flatten(0, 1).index_select(0, self.real)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.commands import AdamParams
-from tinsmith.engine.optimizers.clipping import clip
+from tinsmith.engine.kernels import optimizer as kernel
+from tinsmith.engine.optimizers.clipping import clip, clip_coefficient, gradient_norm
 from tinsmith.wire.training import ContentError
 
 
@@ -18,7 +19,7 @@ def adamw(
 ) -> float:
     """One step of torch.optim.AdamW, in place on flat fp32 `params`, `first` and `second` moments.
 
-    `step` counts from 1. `gradient` is clipped to the global norm first and is left changed. Returns
+    `step` counts from 1. `gradient` is clipped to the global norm first and may be left changed. Returns
     the norm before clipping. Raises ContentError, with nothing changed, where a factor is beyond fp32.
     """
     decay = 1 - settings.learning_rate * settings.weight_decay
@@ -28,11 +29,19 @@ def adamw(
             f"adam_params: learning_rate {settings.learning_rate} with weight_decay {settings.weight_decay} "
             f"and eps {settings.eps} goes beyond fp32; use smaller ones"
         )
+    correction = math.sqrt(1 - settings.beta2**step)
+    if kernel.usable(params):
+        norm = gradient_norm(gradient)
+        kernel.adamw(
+            params, gradient, first, second, scale=clip_coefficient(norm, settings.grad_clip_norm),
+            decay=decay, betas=(settings.beta1, settings.beta2), eps=settings.eps, rate=rate,
+            correction=correction,
+        )  # fmt: skip
+        return norm
     norm = clip(gradient, settings.grad_clip_norm)
     params.mul_(decay)
     first.lerp_(gradient, 1 - settings.beta1)
     second.mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)
-    correction = math.sqrt(1 - settings.beta2**step)
     denominator = (second.sqrt() / correction).add_(settings.eps)
     params.addcdiv_(first, denominator, value=-rate)
     return norm

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from tinsmith.engine.kernels import optimizer as kernel
 
 
 def clip_coefficient(norm: float, limit: float) -> float:
@@ -11,9 +15,16 @@ def clip_coefficient(norm: float, limit: float) -> float:
     return 1.0 if limit <= 0 else min(1.0, limit / (norm + 1e-6))
 
 
+def gradient_norm(gradient: Tensor) -> float:
+    """The L2 norm of a flat fp32 gradient, summed in fp64: finite if and only if all of it is."""
+    if kernel.usable(gradient):
+        return math.sqrt(kernel.sum_of_squares(gradient))
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+
+
 def clip(gradient: Tensor, limit: float) -> float:
     """Clip a flat gradient in place to the norm `limit`. Returns the norm before."""
-    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    norm = gradient_norm(gradient)
     scale = clip_coefficient(norm, limit)
     if scale != 1.0:
         gradient.mul_(scale)
