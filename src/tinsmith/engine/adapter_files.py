@@ -92,11 +92,11 @@ def write(
         if recipients:
             encryption.seal(temporary, recipients)
         for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         size = sum(f.stat().st_size for f in temporary.iterdir())
         os.rename(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -118,8 +118,8 @@ def read_spec(path: str, model: BaseModel) -> tuple[LoraSpec, str]:
     fingerprint, digest = own.pop("fingerprint"), own.pop("digest")
     if fingerprint != model.fingerprint:
         raise FolderError(
-            f"the checkpoint was made on another base model than the {model.name} that is served now; "
-            "serve the base that it was made on"
+            f"the checkpoint was made on another base model ({fingerprint[:12]}) than what is {model.name}"
+            f" here ({model.fingerprint[:12]}); take the base that it was made on"
         )
     return LoraSpec(**own), digest
 
@@ -190,7 +190,8 @@ def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
     )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of files, on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

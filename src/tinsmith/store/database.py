@@ -24,6 +24,7 @@ T = TypeVar("T")
 Work = Callable[[sa.Connection], T]
 _Job = tuple[Callable[[sa.Connection], Any], "Future[Any]"]
 
+MIGRATIONS = Path(__file__).parent / "migrations"
 _MOST_AT_ONCE = 256
 _READERS = 4
 
@@ -177,6 +178,6 @@ def _without_foreign_keys(connection: sa.Connection) -> Iterator[None]:
 def migrate(connection: sa.Connection) -> None:
     """Bring the tables up to date, by the migrations that are part of this package."""
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["connection"] = connection
     command.upgrade(config, "head")

@@ -34,6 +34,10 @@ class Trained:
     run: Run
     logprobs: list[np.ndarray]
 
+    @property
+    def name(self) -> str:
+        return self.run.model.name
+
     def check(self, module: Any, most: float = 1e-5) -> None:
         """That transformers' `module` is this model with this adapter."""
         for ours, text in zip(self.logprobs, TEXTS, strict=True):

@@ -75,7 +75,7 @@ def load(
         )
     tokenizer = _tokenizer(plan, trust_remote_code)
     weights = quantization.full_weights(open_checkpoint(plan.folder), plan.raw)
-    assigned = _assign(plan.module, weights)
+    assigned = assign(plan.module, weights)
     missing = _check(plan, assigned)
     module = _build(plan, assigned, dtype)
     _fill(module, assigned.weights, device)
@@ -117,7 +117,7 @@ def _tokenizer(plan: Blueprint, trust_remote_code: bool) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stacked:
+class Stacked:
     """Experts' matrices as one tensor [experts, rows, columns]: `parts[i][e]` is the ith part of expert e's
     rows."""
 
@@ -158,7 +158,7 @@ class _Slice:
 
 
 @dataclass(slots=True)
-class _Assigned:
+class Assigned:
     """Where the tensors of the files go. `weights`: by the model's own names. `others`: by the names in the
     files, those that transformers itself makes something else of; `made` of which model's tensors.
     `unused`: names in the files of which the model has none."""
@@ -169,7 +169,7 @@ class _Assigned:
     unused: list[str]
 
 
-def _assign(module: Any, tensors: Mapping[str, Weights]) -> _Assigned:
+def assign(module: Any, tensors: Mapping[str, Weights]) -> Assigned:
     """By transformers' own table of how published checkpoints differ from its models."""
     state = module.state_dict()
     mapping = get_model_conversion_mapping(module)
@@ -177,7 +177,7 @@ def _assign(module: Any, tensors: Mapping[str, Weights]) -> _Assigned:
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix = module.base_model_prefix
-    found = _Assigned({}, {}, set(), [])
+    found = Assigned({}, {}, set(), [])
     stacks: dict[str, dict[str, list[Weights]]] = {}
     for name in sorted(tensors, key=dot_natural_key):
         final, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -206,7 +206,7 @@ def _assign(module: Any, tensors: Mapping[str, Weights]) -> _Assigned:
             raise ModelError(
                 f"{file}: {final} is made of one matrix an expert, and the files have {'; '.join(have)}"
             )
-        found.weights[final] = _Stacked(tuple(tuple(part) for part in parts.values()))
+        found.weights[final] = Stacked(tuple(tuple(part) for part in parts.values()))
     return found
 
 
@@ -220,7 +220,7 @@ def _stacks(converter: WeightConverter) -> bool:
     return False
 
 
-def _check(plan: Blueprint, assigned: _Assigned) -> frozenset[str]:
+def _check(plan: Blueprint, assigned: Assigned) -> frozenset[str]:
     """The weights of a vision tower that are in no file. Raises ModelError where others are absent or have
     another shape than the config's."""
     state = plan.module.state_dict()
@@ -259,10 +259,10 @@ def _tower(module: Any) -> frozenset[str]:
 # The model, and its weights
 
 
-def _build(plan: Blueprint, assigned: _Assigned, dtype: torch.dtype) -> Any:
+def _build(plan: Blueprint, assigned: Assigned, dtype: torch.dtype) -> Any:
     """transformers' model with all that it computes by itself, and one number for all of every weight."""
     state = plan.module.state_dict()
-    apart = _untie(plan.module, assigned.weights)
+    apart = untie(plan.module, assigned.weights)
     tensors: dict[str, Any] = {
         name: torch.full((), name in apart, dtype=state[name].dtype).expand(state[name].shape)
         for name in assigned.weights
@@ -288,7 +288,7 @@ def _build(plan: Blueprint, assigned: _Assigned, dtype: torch.dtype) -> Any:
     return module
 
 
-def _untie(module: Any, weights: dict[str, Weights]) -> set[str]:
+def untie(module: Any, weights: dict[str, Weights]) -> set[str]:
     """Of weights that the config ties and that are both in the files: drop the second if it is the same, else
     name it, so that it stays apart."""
     apart = set()
