@@ -85,6 +85,16 @@ class Settings:
     result_ttl: float = field(
         default=3600.0, metadata=_about("seconds for which a result that was fetched is kept", least=1.0)
     )
+    trace_ttl: float = field(
+        default=30 * 86400.0,
+        metadata=_about("seconds for which it is kept when a session's requests came and ran", least=1.0),
+    )
+    trace_limit: int = field(
+        default=256 * 2**20,
+        metadata=_about(
+            "bytes that this may take of the database; the oldest goes first", bytes=True, least=0
+        ),
+    )
     poll_hold: float = field(
         default=35.0,
         metadata=_about("seconds for which a request for a pending result is held", least=0.1, most=40.0),

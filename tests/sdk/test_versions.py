@@ -61,7 +61,7 @@ def test_the_installed_sdk_passes_the_core_suite(server: Server) -> None:
 
 
 def check(server: Server, version: str) -> None:
-    theirs, ours = core(server, versions.folder_of(version)), core(server, None)
+    theirs, ours = core(server, versions.package("tinker", version)), core(server, None)
     assert theirs.pop("version") == version
     assert theirs == {name: value for name, value in ours.items() if name != "version"}
 

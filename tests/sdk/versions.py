@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinsmith" / "sdk"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinsmith" / "packages"
 
 
 def newest() -> str:
@@ -20,21 +20,21 @@ def newest() -> str:
     return str(report["install"][0]["metadata"]["version"])
 
 
-def folder_of(version: str) -> Path:
-    """A folder to put on the path for `version`, installed there if it is not yet. Fails where it cannot
-    be had: a version that is not tried must not look like one that passes."""
-    folder = CACHE / version
+def package(name: str, version: str) -> Path:
+    """A folder to put on the path for this version of a package, installed there if it is not yet. Fails
+    where it cannot be had: what is not tried must not look like what passes."""
+    folder = CACHE / f"{name}-{version}"
     if not (folder / ".complete").exists():
-        _pip("--target", str(folder), "--upgrade", "--no-deps", f"tinker=={version}")
-        missing = [str(need) for need in _needs(folder, version) if not _is_there(need)]
+        _pip("--target", str(folder), "--upgrade", "--no-deps", f"{name}=={version}")
+        distribution = metadata.Distribution.at(folder / f"{name}-{version}.dist-info")
+        missing = [str(need) for need in _needs(distribution) if not _is_there(need)]
         if missing:
             _pip("--target", str(folder), "--upgrade", "--no-deps", *missing)
         (folder / ".complete").touch()
     return folder
 
 
-def _needs(folder: Path, version: str) -> list[Requirement]:
-    distribution = metadata.Distribution.at(folder / f"tinker-{version}.dist-info")
+def _needs(distribution: metadata.Distribution) -> list[Requirement]:
     needs = [Requirement(text) for text in distribution.requires or []]
     return [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
 

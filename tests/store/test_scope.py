@@ -9,18 +9,30 @@ import pytest
 import sqlalchemy as sa
 
 import tinsmith
-from tinsmith.store import Store, checkpoints, commands, keys, people, projects, runs, samplers, sessions
+from tinsmith.store import (
+    Store,
+    checkpoints,
+    commands,
+    keys,
+    people,
+    projects,
+    runs,
+    samplers,
+    sessions,
+    traces,
+)
 from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.commands import CommandRow
 from tinsmith.store.runs import RunRow
 from tinsmith.store.samplers import SamplingSessionRow
 from tinsmith.store.scope import SERVER, Scope
 from tinsmith.store.sessions import SessionRow
+from tinsmith.store.traces import TraceChunk
 from tinsmith.wire.paths import TinkerPath
 
 SOURCE = Path(tinsmith.__file__).parent
 
-TENANTS = {"sessions", "runs", "commands", "checkpoints", "sampling_sessions"}
+TENANTS = {"sessions", "runs", "commands", "checkpoints", "sampling_sessions", "trace_chunks"}
 
 # Statements that take no scope: they change one row by the id that a scoped lookup gave, or they are
 # the server's housekeeping over everybody's rows, whose answers reach no caller.
@@ -32,6 +44,7 @@ UNSCOPED = {
     "checkpoints.add", "checkpoints.delete", "checkpoints.set_expiry", "checkpoints.set_published",
     "checkpoints.folders",
     "samplers.next_clone",
+    "traces.keep_newest", "traces.drop_old",
 }  # fmt: skip
 
 
@@ -68,6 +81,7 @@ def test_the_api_and_whatever_knows_a_caller_asks_within_the_callers_scope() -> 
     """`SERVER` is for what nobody asked for, and for what belongs to a row that was found within the
     caller's scope. Whoever needs it elsewhere adds it here."""
     allowed = {
+        "cli/checkpoints.py": {"_find"},  # the operator, on the server's own disk
         "service/catalog.py": {"_views", "sweep"},
         "service/external.py": {"file"},  # whoever has a signed URL is nobody in particular
         "service/run.py": {"_lost"},
@@ -116,6 +130,7 @@ def _fill(connection: sa.Connection, org: str) -> Scope:
             f"{name}:sample:0", key.org_id, name, 1.0, "m", None, "s", None, ephemeral=True
         )
         samplers.add(connection, sampler)
+        traces.add(connection, TraceChunk(key.org_id, name, 1.0, 1, b"x"))
     return Scope(key.org_id, key.user_id, None)
 
 
@@ -141,6 +156,7 @@ def _seen(connection: sa.Connection, scope: Scope, every: list[str]) -> dict[str
         "checkpoints": [row.id for row in checkpoints.page(connection, scope, 99, 0, 2.0)[0]],
         "expired": [row.id for row in checkpoints.expired(connection, scope, 9.0)],
         "sampler": [n for n in every if samplers.get(connection, f"{n}:sample:0", scope)],
+        "trace": [n for n in every if traces.of_session(connection, n, scope)],
         "ephemeral": [n for n in every if samplers.ephemeral_of(connection, n, scope)],
     }  # fmt: skip
     assert runs.page(connection, scope, 1, 0)[1] == len(seen["runs"])

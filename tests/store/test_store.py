@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from tinsmith.store import Store, checkpoints, commands, keys, projects, runs, sessions
+from tinsmith.store import Store, checkpoints, commands, keys, projects, runs, sessions, traces
 from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.commands import CommandRow
 from tinsmith.store.database import migrate
@@ -22,6 +22,7 @@ from tinsmith.store.runs import RunRow
 from tinsmith.store.scope import SERVER
 from tinsmith.store.sessions import SessionRow
 from tinsmith.store.tables import metadata
+from tinsmith.store.traces import TraceChunk
 from tinsmith.wire.paths import TinkerPath
 
 BIG = 2**62
@@ -261,3 +262,24 @@ def test_an_expired_checkpoint_is_found_no_more(store: Store, run: RunRow) -> No
     assert [
         row.id for row in store.write_now(lambda connection: checkpoints.expired(connection, SERVER, 10.0))
     ] == ["a"]
+
+
+def test_times_of_requests_stay_within_their_bounds(store: Store, run: RunRow) -> None:
+    def chunk(written_at: float, size: int) -> TraceChunk:
+        return TraceChunk(run.org_id, run.session_id, written_at, 100, bytes([int(written_at)]) * size)
+
+    def left() -> list[int]:
+        chunks = store.write_now(lambda connection: traces.of_session(connection, run.session_id, SERVER))
+        return [each[0] for each in chunks]
+
+    for at in range(1, 8):
+        store.write_now(lambda connection, at=at: traces.add(connection, chunk(at, 10)))
+    assert left() == [1, 2, 3, 4, 5, 6, 7]
+    assert store.write_now(lambda connection: traces.keep_newest(connection, run.session_id, 550)) == 500
+    assert left() == [3, 4, 5, 6, 7]
+    store.write_now(lambda connection: traces.drop_old(connection, 4.0, 10**6))
+    assert left() == [4, 5, 6, 7]
+    store.write_now(lambda connection: traces.drop_old(connection, 0.0, 25))
+    assert left() == [6, 7]
+    store.write_now(lambda connection: traces.drop_old(connection, 0.0, 0))
+    assert left() == []

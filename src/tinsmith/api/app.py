@@ -27,6 +27,8 @@ _ROUTES = [
     route("sessions", sessions.list_, method="GET"),
     route("sessions/{session_id}", sessions.get, method="GET"),
     route("sessions/{session_id}/finish", sessions.finish),
+    route("sessions/{session_id}/trace_export", sessions.export_trace, method="GET"),
+    signed_route("traces/{name}", sessions.download_trace, method="GET"),
     # Training
     route("create_model", training.create_model),
     route("get_info", training.get_info),

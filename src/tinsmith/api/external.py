@@ -14,13 +14,13 @@ from tinsmith.service.service import Service
 from tinsmith.wire.paths import TinkerPath
 
 from .checkpoints import _time
-from .http import Call, json_response
+from .http import Call, json_response, root_of
 
 
 async def urls(call: Call) -> Response:
     path = TinkerPath.from_checkpoint_id(call.path("run_id"), call.path("checkpoint_id"))
     signed = await call.service.external.urls(call.caller, path)
-    root = _root(call.request, call.service)
+    root = root_of(call.request, call.service)
     return json_response(
         {
             "urls": {name: f"{root}/api/v1/{address}" for name, address in signed.addresses.items()},
@@ -45,15 +45,3 @@ async def download(request: Request, service: Service) -> Response:
     if not stat.S_ISREG(found.st_mode):
         raise NotFound("there is no such file")
     return FileResponse(path, media_type="application/octet-stream", filename=path.name, stat_result=found)
-
-
-def _root(request: Request, service: Service) -> str:
-    """The server's address as the caller knows it: what is set, else what a proxy says, else what the
-    request itself was sent to."""
-    settings = service.context.settings
-    if settings.public_url:
-        return settings.public_url.rstrip("/")
-    headers = request.headers
-    scheme = headers.get("x-forwarded-proto", request.url.scheme).split(",")[0].strip()
-    host = headers.get("x-forwarded-host", headers.get("host", request.url.netloc)).split(",")[0].strip()
-    return f"{scheme}://{host}{settings.root_path.rstrip('/')}"

@@ -4,7 +4,9 @@ that was lost is a 410, and a result that is not there yet is held back and then
 from __future__ import annotations
 
 import asyncio
+import time
 
+from starlette.background import BackgroundTask
 from starlette.responses import Response
 
 from tinsmith.service.futures import Failure, Lost, Outcome, Pending, Result
@@ -16,12 +18,20 @@ from .http import PROTOBUF, Call, error_response, json_response
 
 
 async def retrieve(call: Call) -> Response:
+    asked_at = time.time()
     request_id = (await call.fields()).text("request_id")
     outcome = await call.service.outcome(call.caller, request_id)
     if isinstance(outcome, Result) and isinstance(outcome.payload, bytes) and call.wants_json:
         as_json = sample_as_json if is_sample(request_id) else pass_as_json
         outcome = Result(await asyncio.to_thread(as_json, outcome.payload))
-    return _answer(request_id, outcome)
+    answer = _answer(request_id, outcome)
+
+    async def sent() -> None:
+        call.service.context.traces.sent(request_id, asked_at, len(answer.body))
+
+    if not isinstance(outcome, Pending):
+        answer.background = BackgroundTask(sent)
+    return answer
 
 
 def _answer(request_id: str, outcome: Outcome | Pending) -> Response:

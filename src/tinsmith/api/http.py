@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from starlette.routing import Route
 from tinsmith.service import errors
 from tinsmith.service.keys import Caller
 from tinsmith.service.service import Service
+from tinsmith.service.traces import request_began
 from tinsmith.wire.compression import decompress
 from tinsmith.wire.errors import BodyTooLarge, WireError
 from tinsmith.wire.fields import Fields, parse_object
@@ -142,6 +144,7 @@ def _guarded(work: SignedEndpoint) -> Callable[[Request], Awaitable[Response]]:
     """`work`, with errors as answers."""
 
     async def handle(request: Request) -> Response:
+        request_began.set(time.time())
         try:
             return await work(request, request.app.state.service)
         except errors.ServiceError as error:
@@ -168,6 +171,18 @@ def _key_of(request: Request) -> str | None:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         key = token if scheme.lower() == "bearer" else None
     return key.strip() if key else None
+
+
+def root_of(request: Request, service: Service) -> str:
+    """The server's address as the caller knows it: what is set, else what a proxy says, else what the
+    request itself was sent to."""
+    settings = service.context.settings
+    if settings.public_url:
+        return settings.public_url.rstrip("/")
+    headers = request.headers
+    scheme = headers.get("x-forwarded-proto", request.url.scheme).split(",")[0].strip()
+    host = headers.get("x-forwarded-host", headers.get("host", request.url.netloc)).split(",")[0].strip()
+    return f"{scheme}://{host}{settings.root_path.rstrip('/')}"
 
 
 def _query_integer(request: Request, name: str, default: int, least: int, most: int) -> int:

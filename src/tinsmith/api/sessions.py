@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
 
 from tinsmith.service.errors import Gone
+from tinsmith.service.service import Service
 from tinsmith.wire.requests import CreateSession, FinishSession
 
-from .http import Call, json_response
+from .http import Call, json_response, root_of
 
 
 async def create(call: Call) -> Response:
@@ -54,6 +56,23 @@ async def list_(call: Call) -> Response:
     limit, offset = call.page()
     rows = await call.service.sessions.page(call.caller, limit, offset)
     return json_response({"sessions": [row.id for row in rows]})
+
+
+async def export_trace(call: Call) -> Response:
+    """A Perfetto trace of the session's requests. The SDK asks until it is ready."""
+    address = await call.service.timelines.export(call.caller, call.path("session_id"))
+    if address is None:
+        return json_response({"status": "pending"})
+    return json_response(
+        {"status": "ready", "url": f"{root_of(call.request, call.service)}/api/v1/{address}"}
+    )
+
+
+async def download_trace(request: Request, service: Service) -> Response:
+    query = request.query_params
+    name = request.path_params["name"]
+    path = service.timelines.file(name, query.get("expires", ""), query.get("signature", ""))
+    return FileResponse(path, media_type="application/octet-stream", filename=name)
 
 
 def _texts(metadata: dict[str, object] | None) -> dict[str, str] | None:

@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections import Counter, deque
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -199,8 +200,9 @@ class Engine:
     def _take(self, command: Command, answer: Answer) -> None:
         match command:
             case CreateAdapter():
+                began = time.time()
                 self._create(command)
-                answer(Done({}))
+                answer(Done({}, times={"started": began}))
             case OpenSampler():
                 self.snapshots.open(command.sampler, self._model(command.model), command.path)
                 answer(Done({}))
@@ -333,12 +335,12 @@ class Engine:
             run.waiting.popleft()
             run.used = self._clock
             done = True
-            started = time.perf_counter()
+            began, started = time.time(), time.perf_counter()
             if isinstance(command, ForwardBackward):
                 self._start(run, command, answer)
             else:
                 try:
-                    answer(self._execute(run, command))
+                    answer(replace(self._execute(run, command), times={"started": began}))
                 except Exception as error:
                     answer(_failed(f"{type(command).__name__} of run {run.name}", error))
             if self.shares.several:
@@ -449,6 +451,8 @@ class Engine:
             return False
         jobs = list({id(job): job for job, _ in work}.values())
         started = time.perf_counter()
+        for job in jobs:
+            job.started = job.started or time.time()
         try:
             run_pass([(job, job.cuts[index]) for job, index in work])
         except Exception as error:
@@ -496,7 +500,7 @@ class Engine:
                 run.accumulate(job.gradients)
                 self._make_room(keep=run.name)
             self._trained_tokens += job.tokens
-            job.answer(Done(payload, {"train": job.tokens}))
+            job.answer(Done(payload, {"train": job.tokens}, {"started": job.started}))
 
     # Memory
 

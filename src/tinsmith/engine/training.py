@@ -73,6 +73,7 @@ class TrainingJob:
         self.alone = False  # after a failed pass: run without company, to see whose fault it was
         self.key = ""  # of the share whose part of the device it uses
         self.failure = ""
+        self.started = 0.0  # when its first pass began, seconds since 1970
         self.answer: Callable[[Reply], None] = lambda reply: None
         self.restart()
 

@@ -15,6 +15,7 @@ from tinsmith.settings import Settings
 from tinsmith.store import Connection, Store, WriteFailed
 
 from .errors import NotFound, Refused, Unwritable
+from .traces import Traces
 
 log = logging.getLogger("tinsmith.service")
 
@@ -28,7 +29,11 @@ class Context:
     store: Store
     blobs: LocalBlobs
     engine: EngineClient
+    traces: Traces = field(init=False)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.traces = Traces(self.store)
 
     def model(self, name: str) -> ModelInfo:
         """The served base model called `name`. With a suffix, `NAME:peft:4096`, its context has to hold that

@@ -31,10 +31,10 @@ class Signed:
 
 
 class External:
-    def __init__(self, context: Context, catalog: Catalog) -> None:
+    def __init__(self, context: Context, catalog: Catalog, signer: Signer) -> None:
         self._context = context
         self._catalog = catalog
-        self._signer = Signer(context.settings.data / "url-signing.key")
+        self._signer = signer
 
     async def urls(self, caller: Caller, path: TinkerPath) -> Signed:
         if path.kind != "external":

@@ -49,6 +49,8 @@ class Recorder:
         """Log an outcome. One that comes with something that must last (`extra`, in the same
         transaction, whose answer comes back) is told to nobody before that is on the disk; any other
         is told at once, since after a crash the command would count as lost, and never as done twice."""
+        ended = {Result: "done", Failure: "failed"}.get(type(outcome), "lost")
+        self._context.traces.ended(request.request_id, ended, dict(usage))
         if extra is None:
             request.resolve(outcome)
         try:

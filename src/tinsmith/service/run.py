@@ -198,6 +198,9 @@ class Run:
             failed: Failed | None = None
             for each in replies:
                 reply = await each
+                if each is replies[0]:
+                    started = reply.times.get("started")
+                    self._context.traces.started(entry.request.request_id, started)
                 if isinstance(reply, Failed) and failed is None:
                     failed = reply
             if failed is not None:

@@ -63,6 +63,7 @@ class Runs:
 
         async def create() -> None:
             if await self._context.write(write):
+                self._trace(row, command, body)
                 self._accept(Run(self._context, self._recorder, row, self._published), command)
 
         await asyncio.shield(self._context.spawn(create()))
@@ -99,10 +100,16 @@ class Runs:
             self._accept(run, replace(command, status="failed", error=why.detail))
             return command.request_id
         if taken is None:
+            self._trace(run.row, command, body)
             self._accept(run, command, body)
         elif command.body_key is not None:
             await asyncio.to_thread(self._context.blobs.delete, command.body_key)
         return taken or command.request_id
+
+    def _trace(self, row: RunRow, command: CommandRow, body: bytes) -> None:
+        self._context.traces.accepted(
+            row.org_id, row.session_id, command.request_id, command.kind, row.id, len(body)
+        )
 
     def _command(
         self,
@@ -136,6 +143,7 @@ class Runs:
         refused = command.status != "queued"
         if refused:
             request.resolve(Failure(command.error or "refused"))
+            self._context.traces.ended(command.request_id, "failed", {})
         else:
             request = self._recorder.expect(request)
         run.arrive(
@@ -254,6 +262,7 @@ class Runs:
 
     def flush(self) -> None:
         self._recorder.flush()
+        self._context.traces.flush()
         if self._used:
             used, self._used = self._used, {}
             self._context.store.write_soon(lambda connection: runs.touch(connection, used))

@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tinsmith.engine.commands import Cancel, EngineLost, Failed, ModelInfo, SampleParams
@@ -53,6 +53,7 @@ class _Sample:
     seq_id: int
     num_samples: int
     size: int = 0
+    usage: dict[str, int] = field(default_factory=dict)
     ended: int = 0  # the order in which samples ended; 0 while it has not
     ended_at: float = 0.0
     fetched_at: float | None = None
@@ -116,6 +117,9 @@ class Sampling:
         if row.session_id:
             self._sessions.seen(row.session_id)
             self._of_session.setdefault(row.session_id, {})[request_id] = sample
+        self._context.traces.accepted(
+            caller.org_id, row.session_id, request_id, "sample", row.id, len(request.prompt)
+        )
         self._context.spawn(self._run(sample, row, model, request))
         return _promise(sample)
 
@@ -165,13 +169,17 @@ class Sampling:
                 images=request.images,
             )
         )
+        self._context.traces.started(sample.request.request_id, reply.times.get("started"))
         if isinstance(reply, Failed):
             return Failure(reply.message, reply.category)
+        sample.usage = dict(reply.usage)
         return Result(reply.payload)
 
     def _end(self, sample: _Sample, outcome: Outcome) -> None:
         if sample.ended:
             return
+        ended = {Result: "done", Failure: "failed"}.get(type(outcome), "lost")
+        self._context.traces.ended(sample.request.request_id, ended, sample.usage)
         sample.request.resolve(outcome)
         self._ended += 1
         sample.ended, sample.ended_at = self._ended, time.monotonic()

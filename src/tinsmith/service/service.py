@@ -21,6 +21,8 @@ from .runs import Runs
 from .samplers import Samplers
 from .sampling import Sampling, is_sample
 from .sessions import Sessions
+from .signing import Signer
+from .timelines import Timelines
 from .training import Training
 
 log = logging.getLogger("tinsmith.service")
@@ -40,7 +42,9 @@ class Service:
         self.runs = Runs(self.context, self.sessions, self.samplers.published)
         self.training = Training(self.context, self.sessions, self.keys, self.runs)
         self.catalog = Catalog(self.context, self.runs, self.samplers)
-        self.external = External(self.context, self.catalog)
+        signer = Signer(settings.data / "url-signing.key")
+        self.external = External(self.context, self.catalog, signer)
+        self.timelines = Timelines(self.context, self.sessions, signer)
         self.started = False
         self.stopping = False
         self._closing: asyncio.Future[None] | None = None
@@ -79,6 +83,7 @@ class Service:
             self._closing.set_result(None)  # wakes every long poll
         self.runs.flush()
         self.keys.flush()
+        self.context.traces.flush(everything=True)
         await self.context.quiesce(5.0)
         await self.context.engine.stop(grace=5.0)
 
@@ -138,6 +143,9 @@ class Service:
     async def _sweep(self) -> None:
         self.sampling.sweep()
         await self.catalog.sweep()
+        settings = self.context.settings
+        await self.context.traces.sweep(settings.trace_ttl, settings.trace_limit)
+        await self.timelines.sweep()
         store, blobs = self.context.store, self.context.blobs
         before = time.time() - self.context.settings.result_ttl
         keys = await store.write(lambda connection: commands.drop_results(connection, before))
@@ -156,7 +164,7 @@ class Service:
             )
 
         keep = self.context.store.write_now(known)
-        for kind in ("bodies", "results", "checkpoints", "snapshots"):
+        for kind in ("bodies", "results", "checkpoints", "snapshots", "traces"):
             for key in blobs.keys(kind):
                 if key not in keep:
                     log.info("removing %s, which nothing refers to", key)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+
+log = logging.getLogger("tinsmith.store")
 
 T = TypeVar("T")
 Work = Callable[[sa.Connection], T]
@@ -63,7 +66,7 @@ class Store:
 
     def write_soon(self, work: Work[object]) -> None:
         """As `write`, for what may be lost and nobody waits for."""
-        self._submit(work)
+        self._submit(work).add_done_callback(_log_failure)
 
     async def read(self, work: Work[T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, work)
@@ -111,6 +114,11 @@ class Store:
                     open_ = False
                 if batch:
                     _write_batch(connection, batch)
+
+
+def _log_failure(future: Future[Any]) -> None:
+    if (error := future.exception()) is not None:
+        log.error("something could not be written down: %s", error)
 
 
 def _write_batch(connection: sa.Connection, batch: list[_Job]) -> None:

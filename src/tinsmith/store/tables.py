@@ -209,6 +209,21 @@ checkpoints = Table(
     Index(None, "expires_at"),
 )
 
+# When the requests of a session came, ran and were fetched, a few hundred of them in a row.
+trace_chunks = Table(
+    "trace_chunks",
+    metadata,
+    Column("pk", RowId, primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("session_id", ForeignKey("sessions.id"), nullable=False),
+    Column("written_at", Float, nullable=False),
+    Column("requests", Integer, nullable=False),
+    Column("size", Integer, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    Index(None, "session_id"),
+    Index(None, "written_at"),
+)
+
 sampling_sessions = Table(
     "sampling_sessions",
     metadata,
