@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.engine.tiny import relative, tokens
 from tests.families import make
 from tests.quantized import FORMATS, compressed, full, quantize
+from tinsmith.engine.model.base import BaseModel
+from tinsmith.engine.model.blueprint import draw
+from tinsmith.engine.model.checks import check
 from tinsmith.engine.model.errors import ModelError
 from tinsmith.engine.model.loading import Loaded, load
 
@@ -128,6 +133,33 @@ class TestFull:
         set_config(folder, model_type="kimi_k2", auto_map=auto_map)
         assert_same(folder, family("DeepseekV3"))
 
+    def test_of_a_hub_id_what_it_needs_is_fetched_and_no_more(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shard(model)
+        for other in ("consolidated.safetensors", "pytorch_model.bin", "odd.py", "README.md"):
+            (model / other).write_text("x")
+        here = tmp_path / "cache"
+        here.mkdir()
+
+        def download(name: str, allow_patterns: list[str]) -> str:
+            assert name == "org/name"
+            for file in model.iterdir():
+                if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                    shutil.copy(file, here)
+            return str(here)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        draw("org/name", torch.float32)
+        assert {file.name for file in here.iterdir()} == {"config.json"}
+        found = load("org/name", CPU, torch.float32)
+        assert found.folder == here
+        weights = {f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)}
+        assert {file.name for file in here.glob("*.safetensors")} == weights
+        assert not (here / "odd.py").exists()
+        load("org/name", CPU, torch.float32, trust_remote_code=True)
+        assert (here / "odd.py").exists()
+
 
 class TestQuantized:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -215,38 +247,17 @@ class TestQuantized:
 
 
 CODE = """
-import torch
-from transformers import PretrainedConfig, PreTrainedModel, GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-class OddConfig(PretrainedConfig):
+class OddConfig(LlamaConfig):
     model_type = "odd"
-    def __init__(self, width=16, vocab_size=512, max_position_embeddings=64, **more):
-        self.width, self.vocab_size, self.max_position_embeddings = width, vocab_size, max_position_embeddings
-        super().__init__(**more)
 
-class OddModel(PreTrainedModel):
+class OddForCausalLM(LlamaForCausalLM):
     config_class = OddConfig
+
     def __init__(self, config):
         super().__init__(config)
-        self.embed = torch.nn.Embedding(config.vocab_size, config.width)
-        self.mix = torch.nn.Linear(config.width, config.width, bias=False)
-        self.post_init()
-    def get_input_embeddings(self):
-        return self.embed
-
-class OddForCausalLM(PreTrainedModel, GenerationMixin):
-    config_class = OddConfig
-    base_model_prefix = "model"
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = OddModel(config)
-        self.lm_head = torch.nn.Linear(config.width, config.vocab_size, bias=False)
-        self.post_init()
-    def get_output_embeddings(self):
-        return self.lm_head
-    def forward(self, input_ids=None, **more):
-        return CausalLMOutputWithPast(logits=self.lm_head(self.model.mix(self.model.embed(input_ids))))
+        self.model.norm.variance_epsilon = 3.0  # what nobody would guess
 """
 TOKENIZER = """
 from transformers import PreTrainedTokenizer
@@ -271,29 +282,33 @@ class OddTokenizer(PreTrainedTokenizer):
 
 
 class TestCodeOfTheCheckpointsOwn:
-    def odd(self, model: Path) -> Path:
-        settings = {
-            "model_type": "odd",
-            "architectures": ["OddForCausalLM"],
-            "auto_map": {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"},
-        }
-        (model / "config.json").write_text(json.dumps(settings))
-        (model / "odd.py").write_text(CODE)
-        sizes = {"model.embed.weight": (512, 16), "model.mix.weight": (16, 16), "lm_head.weight": (512, 16)}
-        save_file({name: torch.randn(size) for name, size in sizes.items()}, model / WEIGHTS)
-        return model
+    @pytest.fixture
+    def odd(self, family: Family, tmp_path: Path) -> Path:
+        folder = Path(shutil.copytree(family("Llama"), tmp_path / "odd"))
+        auto_map = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"}
+        set_config(folder, model_type="odd", architectures=["OddForCausalLM"], auto_map=auto_map)
+        (folder / "odd.py").write_text(CODE)
+        return folder
 
-    def test_a_model_is_refused_without_the_flag(self, model: Path) -> None:
-        said = refusal(self.odd(model))
-        assert "OddForCausalLM" in said
-        assert "odd.py" in said
-        assert "--trust-remote-code" in said
+    def test_a_model_is_refused_without_the_flag(self, odd: Path) -> None:
+        said = refusal(odd)
+        for part in (str(odd), "OddForCausalLM", "odd.py", "--trust-remote-code"):
+            assert part in said
 
-    def test_a_model_is_loaded_with_it(self, model: Path, tmp_path: Path) -> None:
-        found = loaded(self.odd(model), trust_remote_code=True).module
-        assert type(found).__name__ == "OddForCausalLM"
-        for name, tensor in load_file(model / WEIGHTS).items():
-            assert torch.equal(found.get_parameter(name), tensor)
+    def test_a_model_is_trained_and_sampled_with_it(self, odd: Path) -> None:
+        model = BaseModel("tests/odd", str(odd), CPU, torch.float32, trust_remote_code=True)
+        check(model)
+        assert (type(model.module).__name__, model.way) == ("OddForCausalLM", "packed")
+        reference = AutoModelForCausalLM.from_pretrained(odd, trust_remote_code=True)
+        ids = torch.tensor(tokens(12, 0))
+        assert reference.model.norm.variance_epsilon == 3.0
+        assert relative(model.plain(ids), reference.model(ids[None]).last_hidden_state[0].detach()) < 1e-5
+
+    def test_code_that_cannot_run_is_named(self, odd: Path) -> None:
+        (odd / "odd.py").write_text("import nothing_of_that_name")
+        said = refusal(odd, trust_remote_code=True)
+        assert str(odd) in said
+        assert "nothing_of_that_name" in said
 
     def test_transformers_own_model_is_preferred(self, model: Path) -> None:
         """Kimi-Linear, DeepSeek and others bring code along that transformers has meanwhile."""
@@ -438,6 +453,18 @@ class TestFoldersThatSomethingIsWrongWith:
         said = refusal(model)
         assert str(model / WEIGHTS) in said
         assert "5" in said
+
+    def test_numbers_that_are_no_weights(self, model: Path) -> None:
+        name = "model.layers.0.self_attn.q_proj.weight"
+        change_weights(model, lambda t: t.update({name: t[name].to(torch.int8)}))
+        assert f"{model / WEIGHTS}: {name} is int8 without a scale" in refusal(model)
+
+    def test_weights_that_are_not_finite(self, model: Path) -> None:
+        name = "model.layers.0.self_attn.q_proj.weight"
+        change_weights(model, lambda t: t[name].fill_(torch.nan))
+        broken = BaseModel("tests/nan", str(model), CPU, torch.float32)
+        with pytest.raises(ModelError, match=rf"not finite: .*q_proj.weight .*{model} is damaged"):
+            check(broken)
 
     def test_a_config_of_another_size(self, model: Path) -> None:
         set_config(model, hidden_size=96)

@@ -148,7 +148,7 @@ def _other_weights(folder: Path) -> str:
         ("*.pt*", "PyTorch's pickles"),
         ("*.safetensors", "safetensors under another name"),
     ):
-        if others := sorted(folder.glob(pattern)):
+        if others := sorted(file for file in folder.glob(pattern) if file.is_file()):
             return f"neither {SINGLE} nor {INDEX}; {others[0].name} is {what}, which is not loaded here"
     return f"neither {SINGLE} nor {INDEX}"
 

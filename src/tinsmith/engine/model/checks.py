@@ -47,7 +47,7 @@ def check(model: BaseModel) -> None:
         log.info("%s takes the generic path: %s", model.name, wrong)
         model.go_generic()
     if model.generic and (wrong := _disagreement(model)):
-        raise ModelError(f"{model.name}: {architecture} {wrong}; such models cannot be served yet")
+        raise ModelError(f"{model.name}: {architecture} {wrong}; such models cannot be served")
     if model.vision is not None and model.generic:
         model.refuse_images(f"{architecture} takes the generic path, which is for text alone")
     elif model.vision is not None:
@@ -59,6 +59,8 @@ def _disagreement(model: BaseModel) -> str:
     first, second = _texts(model)
     try:
         together = _hidden(model, [first, second])
+        if not together.isfinite().all():
+            return f"gives numbers that are not finite{_damaged(model)}"
         for name, text, ours in (
             ("first", first, together[: len(first)]),
             ("second", second, together[len(first) :]),
@@ -78,6 +80,14 @@ def _disagreement(model: BaseModel) -> str:
     except Exception as error:
         log.debug("%s could not be run", model.name, exc_info=error)
         return f"cannot be run here: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return ""
+
+
+def _damaged(model: BaseModel) -> str:
+    """Which weight is to blame, if any is."""
+    for name, weight in model.module.named_parameters():
+        if not weight.isfinite().all():
+            return f": {name} has such numbers itself, so its file in {model.path} is damaged"
     return ""
 
 

@@ -13,4 +13,6 @@ class ModelError(Exception):
 
 def short(error: Exception) -> str:
     """What an error of somebody else's code says, in one line."""
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    said = " ".join(str(error).split())[:500]
+    # A KeyError says the key and nothing else.
+    return said if said and not isinstance(error, KeyError) else f"{type(error).__name__} {said}".rstrip()

@@ -185,7 +185,17 @@ def assign(module: Any, tensors: Mapping[str, Weights]) -> Assigned:
             final, pattern = rename_source_key(name, [], [], prefix, state)
         if final not in state:
             found.unused.append(name)
-        elif pattern is None:
+            continue
+        stored = tensors[name]
+        if (
+            isinstance(stored, Stored)
+            and stored.dtype.is_floating_point < state[final].dtype.is_floating_point
+        ):
+            raise ModelError(
+                f"{stored.file}: {name} is {str(stored.dtype).removeprefix('torch.')} without a scale, where "
+                "weights are expected"
+            )
+        if pattern is None:
             found.weights[final] = tensors[name]
         elif _stacks(by_pattern[pattern]):
             order = stacks.setdefault(final, {p: [] for p in by_pattern[pattern].source_patterns})

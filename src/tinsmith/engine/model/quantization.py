@@ -137,7 +137,7 @@ def full_weights(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> di
             found[name.removesuffix("_packed")] = _packed(name.removesuffix("_packed"), tensors)
         elif stored.dtype in (*_FP8, torch.int8) and scale is not None:
             found[name] = Scaled(stored, scale, block)
-        elif stored.dtype in _FP8 and name.endswith("weight"):
+        elif stored.dtype in _FP8 and not _is_along(name, tensors):
             raise ModelError(f"{stored.file}: {name} is quantized to FP8, and there is no {name}_scale_inv")
         elif not _is_along(name, tensors):
             found[name] = stored
