@@ -23,6 +23,7 @@ from tinsmith.wire.optimizers import Family as Family
 from tinsmith.wire.targets import PromptTargets
 
 Category = Literal["user", "server"]
+RECORD_TTL = 24 * 3600.0  # seconds for which a recorded sequence can be trained on after its last use
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class ForwardBackward:
     """Forward, and backward unless the body's `forward_only` is set. Answers protobuf bytes.
 
     `body` is a serialized ForwardBackwardRequest as it came off the wire, in `encoding`. A `share` is the
-    run's from now on.
+    run's from now on. `aside` is the folder of what its session has put aside: sequences recorded by Sample,
+    custom losses. `arrived_at` is the time, in seconds since 1970, to which the age of those is counted.
     """
 
     run: str
@@ -80,6 +82,8 @@ class ForwardBackward:
     body: bytes
     encoding: Literal["identity", "zstd"] = "identity"
     share: Share | None = None
+    aside: str | None = None
+    arrived_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +215,8 @@ class Sample:
     those of the most likely tokens beside each sampled one. `alt_tokens` draws that many tokens, at the
     request's temperature, in the place of each prompt token but the first; their logprobs are at temperature
     1. At an image's places the prompt's logprobs are those of the model's placeholder token, of which it has
-    learned nothing.
+    learned nothing. `record` is a folder into which the sampled sequences are written before the answer is
+    given, for ForwardBackward to build on.
     """
 
     request: str
@@ -227,6 +232,7 @@ class Sample:
     targets: PromptTargets | None = None
     alt_tokens: int = 0
     images: tuple[ImageChunk, ...] = ()
+    record: str | None = None
     share: Share = Share()
 
 

@@ -19,6 +19,7 @@ import transformers
 
 from tinsmith.engine import adapter_files
 from tinsmith.engine.adapter_files import FolderError, WriteError
+from tinsmith.engine.aside import Aside
 from tinsmith.engine.commands import (
     Cancel,
     Command,
@@ -352,7 +353,8 @@ class Engine:
         try:
             request = decode_request(command.body, command.encoding, BODY_LIMIT)
             self._bring_back(run)
-            job = TrainingJob(request, run.model, run.layout, run.weights)
+            aside = Aside(command.aside, command.arrived_at)
+            job = TrainingJob(request, run.model, run.layout, run.weights, aside)
             self._fits(job)
         except Exception as error:
             answer(_failed(f"forward_backward {command.seq_id} of run {run.name}", error))

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinsmith.engine.commands import Done, Failed, Sample, SampleParams
+from tinsmith.engine.aside import record
+from tinsmith.engine.commands import Done, Failed, Reply, Sample, SampleParams
 from tinsmith.engine.generic import CachePool, SampledApart
 from tinsmith.engine.kv_cache import PagePool, chain, root
 from tinsmith.engine.model.attention import PAGE, pad_rows
@@ -578,9 +579,16 @@ class Sampler:
             else:  # our own fault is nobody's usage
                 request.answer(Failed(message, "server"))
 
-    def _result(self, request: _Request) -> Done:
+    def _result(self, request: _Request) -> Reply:
         command = request.command
         sampled = [request.finished[i] for i in range(command.num_samples)]
+        if command.record is not None:
+            try:
+                record(command.record, command.request, request.prompt, sampled)
+            except OSError as error:
+                return Failed(
+                    f"the sampled sequences could not be recorded: {error.strerror or error}", "server"
+                )
         usage = request.usage
         self.sampled_tokens += usage["sample"]
         return Done(encode_response(sampled, request.scores.answers(), request.cached), usage, request.times)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinsmith.engine.aside import Aside
 from tinsmith.engine.commands import Reply
 from tinsmith.engine.kernels import elementwise
 from tinsmith.engine.kernels.elementwise import LogSoftmax
@@ -55,7 +56,12 @@ class TrainingJob:
     """One request: its blocks, what came out so far, and its gradients (None for forward alone)."""
 
     def __init__(
-        self, request: TrainingRequest, model: BaseModel, layout: Layout, weights: AdapterWeights
+        self,
+        request: TrainingRequest,
+        model: BaseModel,
+        layout: Layout,
+        weights: AdapterWeights,
+        aside: Aside | None = None,
     ) -> None:
         """Checks the content; raises ContentError."""
         loss = LOSSES.get(request.loss_fn)
@@ -67,7 +73,9 @@ class TrainingJob:
         self.config: Mapping[str, float] = loss.settings(request.config)
         self.model, self.layout, self.weights = model, layout, weights
         self.forward_only = request.forward_only
-        self.sequences = [_check(loss, d, i, model) for i, d in enumerate(request.data)]
+        aside = aside or Aside(None)
+        self.sequences = [_check(loss, d, i, model, aside) for i, d in enumerate(request.data)]
+        aside.touch()
         self.cuts = _cut([s.tokens.numel() for s in self.sequences])
         self.tokens = sum(s.tokens.numel() for s in self.sequences)
         self.alone = False  # after a failed pass: run without company, to see whose fault it was
@@ -110,7 +118,7 @@ class TrainingJob:
         return reduced
 
 
-def _check(loss: Loss, datum: Datum, index: int, model: BaseModel) -> _Sequence:
+def _check(loss: Loss, datum: Datum, index: int, model: BaseModel, aside: Aside) -> _Sequence:
     where, tokens, vocab = f"data[{index}]", datum.tokens, model.vocab_size
     expanded = model.expand(tokens, datum.images, f"{where}.model_input") if datum.images else None
     if expanded is not None:
@@ -127,7 +135,7 @@ def _check(loss: Loss, datum: Datum, index: int, model: BaseModel) -> _Sequence:
             f"{where}.model_input contains token {bad}; the vocabulary of {model.name} has ids 0 to "
             f"{vocab - 1}"
         )
-    targets, inputs = loss.check(datum, where, vocab)
+    targets, inputs = loss.check(datum, where, vocab, aside)
     return _Sequence(
         torch.from_numpy(tokens),
         torch.from_numpy(np.array(targets)),
@@ -317,13 +325,11 @@ def _token_losses(
     }
     real = _stack([torch.ones_like(s.targets, dtype=torch.bool) for s in sequences], width, rows)
     values = torch.empty(rows, width)
-    value_of = job.loss.value
-    assert value_of is not None
 
     def differentiate(part: slice, logprobs: Tensor, backward: bool) -> Tensor | None:
         with torch.set_grad_enabled(backward):
             leaf = logprobs.detach().requires_grad_(backward)
-            value = value_of(leaf, {k: v[part] for k, v in inputs.items()}, job.config)
+            value = job.loss.of_tokens(leaf, {k: v[part] for k, v in inputs.items()}, job.config)
         values[part] = torch.where(real[part], value.detach(), 0.0)
         if not backward:
             return None
@@ -338,12 +344,11 @@ def _datum_losses(
 ) -> Tensor:
     """A loss of whole datums over one block: values and metrics into the job; d loss / d logprobs, in the
     shape of `logprobs` [rows, width], zeros where there is nothing."""
-    assert job.loss.whole is not None
     dlp = torch.zeros_like(logprobs)
     for s, rows in _rows_of(sequences):
         with torch.set_grad_enabled(backward):
             leaf = logprobs[rows, : _width(s)].reshape(s.targets.shape).clone().requires_grad_(backward)
-            value, metrics = job.loss.whole(leaf, s.inputs, job.config)
+            value, metrics = job.loss.of_datum(leaf, s.inputs, job.config)
         job.loss_sums.append(float(value.detach().double().sum()))
         job.metrics.append(metrics)
         if backward:

@@ -53,6 +53,7 @@ class Entry:
     encoding: str
     body: bytes | None
     body_key: str | None
+    arrived_at: float
     refused: bool = False
 
 
@@ -172,7 +173,7 @@ class Run:
             if body is None:
                 assert entry.body_key is not None
                 body = await asyncio.to_thread(self._context.blobs.get, entry.body_key)
-            step = await self._steps.make(entry.kind, entry.seq_id, body, entry.encoding)
+            step = await self._steps.make(entry.kind, entry.seq_id, body, entry.encoding, entry.arrived_at)
             if self.phase not in ("fresh", "live"):  # the engine died meanwhile
                 raise Refusal(await self._why_not())
         except Refusal as refusal:

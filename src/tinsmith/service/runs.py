@@ -154,6 +154,7 @@ class Runs:
                 encoding=command.encoding,
                 body=body if body is not None else command.body,
                 body_key=command.body_key,
+                arrived_at=command.arrived_at,
                 refused=refused,
             )
         )

@@ -21,6 +21,7 @@ from tinsmith.wire.errors import WireError
 from tinsmith.wire.requests import RetrieveFutures
 from tinsmith.wire.sample_request import SampleRequest
 
+from .aside import aside_key
 from .context import Context
 from .errors import Gone
 from .futures import Failure, Lost, Outcome, Pending, PendingRequest, Result
@@ -167,6 +168,7 @@ class Sampling:
                 targets=request.targets,
                 alt_tokens=request.prompt_alt_tokens_k,
                 images=request.images,
+                record=self._record(row) if request.record_stability_info else None,
             )
         )
         self._context.traces.started(sample.request.request_id, reply.times.get("started"))
@@ -174,6 +176,10 @@ class Sampling:
             return Failure(reply.message, reply.category)
         sample.usage = dict(reply.usage)
         return Result(reply.payload)
+
+    def _record(self, row: SamplingSessionRow) -> str:
+        """Where a session's sequences are kept for training on them."""
+        return str(self._context.blobs.path(aside_key(row.session_id)))
 
     def _end(self, sample: _Sample, outcome: Outcome) -> None:
         if sample.ended:

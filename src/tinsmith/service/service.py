@@ -11,6 +11,7 @@ from tinsmith.engine.commands import Done, EngineClient, EngineLost, GetStatus
 from tinsmith.settings import Settings
 from tinsmith.store import Connection, Store, checkpoints, commands, runs
 
+from .aside import Asides
 from .catalog import Catalog
 from .context import Context
 from .errors import Unavailable
@@ -41,6 +42,7 @@ class Service:
         self.sampling = Sampling(self.context, self.sessions, self.samplers)
         self.runs = Runs(self.context, self.sessions, self.samplers.published)
         self.training = Training(self.context, self.sessions, self.keys, self.runs)
+        self.asides = Asides(self.context, self.sessions)
         self.catalog = Catalog(self.context, self.runs, self.samplers)
         signer = Signer(settings.data / "url-signing.key")
         self.external = External(self.context, self.catalog, signer)
@@ -142,6 +144,7 @@ class Service:
 
     async def _sweep(self) -> None:
         self.sampling.sweep()
+        await self.asides.sweep()
         await self.catalog.sweep()
         settings = self.context.settings
         await self.context.traces.sweep(settings.trace_ttl, settings.trace_limit)

@@ -34,6 +34,7 @@ from tinsmith.store.scope import SERVER, Scope
 from tinsmith.wire.optimizers import Family, from_log
 from tinsmith.wire.paths import CheckpointKind, TinkerPath
 
+from .aside import aside_key
 from .context import Context
 from .errors import Refusal
 
@@ -94,9 +95,16 @@ class StepMaker:
     saves: Saves
     published: Callable[[str], None]
 
-    async def make(self, kind: str, seq_id: int, body: bytes, encoding: str) -> Step:
+    async def make(self, kind: str, seq_id: int, body: bytes, encoding: str, arrived_at: float) -> Step:
         if kind in ("forward_backward", "forward"):
-            command = ForwardBackward(self.run.id, seq_id, body, cast(Literal["identity", "zstd"], encoding))
+            command = ForwardBackward(
+                self.run.id,
+                seq_id,
+                body,
+                cast(Literal["identity", "zstd"], encoding),
+                aside=str(self.context.blobs.path(aside_key(self.run.session_id))),
+                arrived_at=arrived_at,
+            )
             return Step((command,), answer=lambda done: done.payload)
         values = json.loads(body)
         if kind == "optim_step":

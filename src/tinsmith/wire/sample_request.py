@@ -43,10 +43,10 @@ class SampleRequest:
     prompt_logprobs_last_n: int | None
     targets: PromptTargets | None
     prompt_alt_tokens_k: int
+    record_stability_info: bool
 
     @classmethod
     def read(cls, fields: Fields) -> SampleRequest:
-        _refuse_what_is_not_offered(fields)
         params = fields.optional_child("sampling_params") or Fields({}, "sampling_params")
         prompt, images = _read_prompt(fields.child("prompt"))
         session = fields.optional_text("sampling_session_id")
@@ -72,17 +72,16 @@ class SampleRequest:
             prompt_logprobs_last_n=_read_last_n(fields),
             targets=_read_targets(fields),
             prompt_alt_tokens_k=fields.optional_integer("prompt_alt_tokens_k", least=0, most=_INT32) or 0,
+            record_stability_info=fields.flag("record_stability_info", False),
         )
+        if request.record_stability_info and session is None:
+            raise fields.error(
+                "record_stability_info",
+                "goes with a sampling_session_id, to whose session the sequences belong",
+            )
         if not images:  # else only the engine knows how many tokens there are
             _check_lengths(fields, request)
         return request
-
-
-def _refuse_what_is_not_offered(fields: Fields) -> None:
-    if fields.raw("record_stability_info"):
-        raise fields.error(
-            "record_stability_info", "is not offered by this server; create the sampling client without it"
-        )
 
 
 def _read_prompt(prompt: Fields) -> tuple[np.ndarray, tuple[ImageChunk, ...]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from tinsmith.wire import tinsmith_pb2 as pb
 from tinsmith.wire.compression import decompress
 from tinsmith.wire.errors import WireError
 from tinsmith.wire.images import ImageChunk
+from tinsmith.wire.provenance import Span
 from tinsmith.wire.tensors import csr_problem
 
 _DTYPES: dict[int, type[np.generic]] = {
@@ -40,6 +42,8 @@ class Datum:
     tokens: npt.NDArray[np.int64]
     inputs: Mapping[str, Array]
     images: tuple[ImageChunk, ...] = ()
+    input_spans: tuple[Span, ...] = ()
+    target_spans: tuple[Span, ...] = ()
 
     def expanded(self, tokens: npt.NDArray[np.int64]) -> Datum:
         """The same with placeholders, int64 [N], in the place of its images."""
@@ -87,6 +91,8 @@ def decode_request(body: bytes, encoding: str, limit: int) -> TrainingRequest:
         raise ContentError("data is empty; send at least one datum")
     config: dict[str, float | str] = dict(message.loss_fn_config)
     for key, value in message.loss_fn_config_v2.items():
+        if value.WhichOneof("value") is None:
+            raise ContentError(f"loss_fn_config[{key!r}] is neither a number nor a text")
         config[key] = value.text if value.WhichOneof("value") == "text" else value.number
     return TrainingRequest(
         message.model_id,
@@ -119,7 +125,25 @@ def _datum(message: pb.Datum, where: str) -> Datum:
     if not tokens.size and not images:
         raise ContentError(f"{where}.model_input is empty; it needs at least one token")
     inputs = {k: _tensor(v, f"{where}.loss_fn_inputs[{k!r}]") for k, v in message.loss_fn_inputs.items()}
-    return Datum(tokens, inputs, tuple(images))
+    return Datum(
+        tokens,
+        inputs,
+        tuple(images),
+        _spans(message.model_input_spans, f"{where}.model_input_spans"),
+        _spans(message.loss_fn_input_spans, f"{where}.loss_fn_input_spans"),
+    )
+
+
+def _spans(messages: Sequence[pb.ProvenanceSpan], where: str) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    for i, message in enumerate(messages):
+        kind = message.WhichOneof("span")
+        if kind is None:
+            raise ContentError(f"{where}[{i}] is empty; it must be a span of prompt_tokens or sampled_tokens")
+        span = message.prompt_tokens if kind == "prompt_tokens" else message.sampled_tokens
+        name: Literal["prompt", "sampled"] = "prompt" if kind == "prompt_tokens" else "sampled"
+        spans.append(Span(name, span.sequence_id, span.offset, span.length))
+    return tuple(spans)
 
 
 def _image(message: pb.ImageChunk, chunk: int, at: int) -> ImageChunk:

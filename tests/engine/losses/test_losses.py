@@ -149,7 +149,33 @@ def test_gspo_moves_each_token_by_its_own_logprob_and_clips_whole_sequences() ->
         assert torch.allclose(gradient, expected)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("case", CASES)
+def test_weights_multiply_the_loss_of_each_token(folder: Folder, case: str) -> None:
+    """Of any loss, as the hosted service's documentation sends them along with advantages."""
+    name, config, more, _ = CASES[case]
+    ids = sequences(3, (20, 50))
+    outs = []
+    for weights in (None, [0.0, 1.0, 2.0], [1.0] * 3):
+        run = make_run(load(folder("qwen3")))
+        inputs = inputs_for(Reference(folder("qwen3"), run), ids, more)
+        if weights is not None:
+            for x in inputs:
+                x["weights"] = np.resize(weights, len(x["logprobs"])).astype(np.float32)
+        outs.append((metrics(train(run, request(ids, name, inputs=inputs, config=config))), inputs, run))
+    (plain, inputs, run), (uneven, _, _), (ones, _, _) = outs
+    assert ones == plain
+    total = 0.0
+    loss = LOSSES[name]
+    for i, s in enumerate(ids):
+        x = {k: torch.from_numpy(v) for k, v in inputs[i].items()}
+        lp = Reference(folder("qwen3"), make_run(load(folder("qwen3")))).logprobs(s).detach()
+        settings = loss.settings(config)
+        value = loss.value(lp, x, settings) if loss.value else loss.whole(lp, x, settings)[0]  # type: ignore[misc]
+        total += float((value * torch.from_numpy(np.resize([0.0, 1.0, 2.0], len(lp)))).sum())
+    assert uneven["loss:sum"] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "stable_reinforce"])
 def test_chunks_of_a_call_have_the_same_metrics(folder: Folder, name: str) -> None:
     run = make_run(load(folder("qwen3")))
     loss = LOSSES[name]

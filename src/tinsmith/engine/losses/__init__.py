@@ -13,9 +13,9 @@ from tinsmith.engine.losses.dro import DRO
 from tinsmith.engine.losses.gspo import GSPO
 from tinsmith.engine.losses.importance_sampling import IMPORTANCE_SAMPLING
 from tinsmith.engine.losses.ppo import PPO
+from tinsmith.engine.losses.stable_reinforce import STABLE_REINFORCE
 
-LOSSES: dict[str, Loss] = {
-    loss.name: loss for loss in (CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO, GSPO)
-}
+_ALL = (CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO, GSPO, STABLE_REINFORCE)
+LOSSES: dict[str, Loss] = {loss.name: loss for loss in _ALL}
 
 __all__ = ["LOSSES", "Inputs", "Loss"]

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from tinsmith.engine.aside import Aside
+from tinsmith.engine.provenance import check_spans
 from tinsmith.wire.training import Array, ContentError, Datum
 
 Inputs = Mapping[str, Tensor]
 
+WEIGHTS = "weights"
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -25,8 +28,8 @@ class Loss:
     with any part of a datum's rows, and with those of several datums.
     `whole` is called once per datum, with all its rows, and also gives the datum's metrics, named
     `name:sum` or `name:mean`, the same ones for every datum. Its values may have any shape; they are summed.
-    `required` and `optional` name the float inputs beside target_tokens; `config` the settings with their
-    defaults (None: absent). `many_targets`: whether (N, K) targets are allowed.
+    `required` and `optional` name the float inputs beside target_tokens and weights; `config` the settings
+    with their defaults (None: absent). `many_targets`: whether (N, K) targets are allowed.
     `check_inputs(inputs, where)` raises ContentError for what only this loss can know to be wrong.
     """
 
@@ -38,6 +41,19 @@ class Loss:
     config: Mapping[str, float] = field(default_factory=dict)
     many_targets: bool = False
     check_inputs: Callable[[Mapping[str, Array], str], None] | None = None
+
+    def of_tokens(self, logprobs: Tensor, inputs: Inputs, config: Mapping[str, float]) -> Tensor:
+        """`value`, times the weights that a datum may bring along to any loss."""
+        assert self.value is not None
+        return weighted(self.value(logprobs, inputs, config), inputs)
+
+    def of_datum(
+        self, logprobs: Tensor, inputs: Inputs, config: Mapping[str, float]
+    ) -> tuple[Tensor, Mapping[str, float]]:
+        """The same of `whole`."""
+        assert self.whole is not None
+        value, metrics = self.whole(logprobs, inputs, config)
+        return weighted(value, inputs), metrics
 
     def settings(self, given: Mapping[str, float | str]) -> dict[str, float]:
         """Defaults overridden by `given`, numbers or numbers as text. Raises ContentError."""
@@ -55,7 +71,7 @@ class Loss:
             settings[key] = number
         return settings
 
-    def check(self, datum: Datum, where: str, vocab: int) -> tuple[Array, dict[str, Array]]:
+    def check(self, datum: Datum, where: str, vocab: int, aside: Aside) -> tuple[Array, dict[str, Array]]:
         """The targets, int64 (N,) or (N, K), and the float inputs in their shape. Raises ContentError."""
         inputs = dict(datum.inputs)
         targets = inputs.pop("target_tokens", None)
@@ -80,7 +96,7 @@ class Loss:
                 f"{vocab - 1}"
             )
         checked: dict[str, Array] = {}
-        for key in (*self.required, *self.optional):
+        for key in (*self.required, *self.optional, WEIGHTS):
             array = inputs.pop(key, None)
             if array is None:
                 if key in self.required:
@@ -98,11 +114,17 @@ class Loss:
                 )
             checked[key] = array
         if inputs:
-            known = ", ".join(("target_tokens", *self.required, *self.optional))
+            known = ", ".join(("target_tokens", *self.required, *self.optional, WEIGHTS))
             raise ContentError(
                 f"{where}.loss_fn_inputs[{next(iter(inputs))!r}] is not known to {self.name}; "
                 f"it takes: {known}"
             )
         if self.check_inputs is not None:
             self.check_inputs(checked, where)
+        check_spans(datum, where, len(targets))
         return targets, checked
+
+
+def weighted(value: Tensor, inputs: Inputs) -> Tensor:
+    weights = inputs.get(WEIGHTS)
+    return value if weights is None else value * weights

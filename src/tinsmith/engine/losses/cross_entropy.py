@@ -10,8 +10,7 @@ from tinsmith.engine.losses.base import Inputs, Loss
 
 
 def _value(logprobs: Tensor, inputs: Inputs, config: Mapping[str, float]) -> Tensor:
-    weights = inputs.get("weights")
-    return -logprobs if weights is None else -logprobs * weights
+    return -logprobs
 
 
-CROSS_ENTROPY = Loss("cross_entropy", _value, optional=("weights",), many_targets=True)
+CROSS_ENTROPY = Loss("cross_entropy", _value, many_targets=True)
