@@ -9,14 +9,15 @@ import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.engine.tiny import relative, tokens
-from tests.families import make
+from tests.engine.tiny import make_family, relative, tokens
+from tests.families import FAMILIES, make
 from tests.quantized import FORMATS, compressed, full, quantize
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.blueprint import draw
@@ -53,10 +54,12 @@ def refusal(folder: Path, **more: bool) -> str:
     return str(caught.value)
 
 
-def assert_same(folder: Path, reference: Path, dtype: torch.dtype = torch.float32) -> None:
+def assert_same(
+    folder: Path, reference: Path, dtype: torch.dtype = torch.float32, auto: Any = AutoModelForCausalLM
+) -> None:
     """All tensors, buffers too, are those that transformers loads."""
     ours = loaded(folder, dtype).module
-    theirs = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype)
+    theirs = auto.from_pretrained(reference, dtype=dtype)
     expected = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}
     found = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
     assert found.keys() == expected.keys()
@@ -132,6 +135,30 @@ class TestFull:
         }
         set_config(folder, model_type="kimi_k2", auto_map=auto_map)
         assert_same(folder, family("DeepseekV3"))
+
+    def test_kimi_k25_has_its_language_model_under_other_names(self, tmp_path: Path) -> None:
+        """And its scales' format in the language model's part of the config."""
+        folder = tmp_path / "kimi"
+        tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        settings = {
+            "text_config": FAMILIES["DeepseekV3"],
+            "vision_config": tower,
+            "projection_hidden_size": 32,
+            "tie_word_embeddings": False,
+        }
+        make_family("Kimi_K25", "ForConditionalGeneration", folder, settings)
+        published = {
+            name.replace("language_model.model.blocks", "language_model.model.layers"): x
+            for name, x in load_file(folder / WEIGHTS).items()
+        }
+        assert "language_model.model.layers.1.mlp.experts.0.down_proj.weight" in published
+        save_file(published, folder / WEIGHTS, {"format": "pt"})
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        quantized = quantize(folder, tmp_path / "int4", "int4")
+        text |= {"model_type": "kimi_k2", "quantization_config": FORMATS["int4"][2]}
+        set_config(quantized, architectures=["KimiK25ForConditionalGeneration"], text_config=text)
+        set_config(quantized, quantization_config=None)
+        assert_same(quantized, full(quantized), auto=AutoModelForImageTextToText)
 
     def test_of_a_hub_id_what_it_needs_is_fetched_and_no_more(
         self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -292,7 +319,7 @@ class TestCodeOfTheCheckpointsOwn:
 
     def test_a_model_is_refused_without_the_flag(self, odd: Path) -> None:
         said = refusal(odd)
-        for part in (str(odd), "OddForCausalLM", "odd.py", "--trust-remote-code"):
+        for part in (str(odd), "OddForCausalLM", "'odd'", "odd.py", "--trust-remote-code"):
             assert part in said
 
     def test_a_model_is_trained_and_sampled_with_it(self, odd: Path) -> None:

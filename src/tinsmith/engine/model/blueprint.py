@@ -132,7 +132,7 @@ def _needs_code(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) -
         return trust_remote_code and not same
     if not trust_remote_code:
         raise ModelError(
-            f"{folder}: {_architecture(raw)} is code of the checkpoint's own "
+            f"{folder}: {_architecture(raw)} (model type {kind!r}) is code of the checkpoint's own "
             f"({str(code).rpartition('.')[0]}.py) and not part of transformers {transformers.__version__}. "
             "It runs only with --trust-remote-code: set that if you trust whoever wrote it"
         )

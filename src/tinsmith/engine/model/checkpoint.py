@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinsmith.engine.model.errors import ModelError
 
-PIECE = 1 << 20  # elements that are on their way at a time
+PIECE = 1 << 20  # elements that are on their way at a time on a CPU
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEADER_LIMIT = 100 << 20  # bytes, as the format says
 _DTYPES = {
@@ -36,6 +36,11 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+
+
+def piece_size(device: torch.device) -> int:
+    """How many elements to handle at a time: to another device small copies are slow."""
+    return PIECE if device.type == "cpu" else 32 * PIECE
 
 
 class Weights(Protocol):
@@ -78,7 +83,7 @@ class Stored:
                 self._fill(file, self.start, into)
             return
         flat = into.view(-1)
-        for first, piece in self.pieces(PIECE):
+        for first, piece in self.pieces(piece_size(into.device)):
             flat[first : first + len(piece)] = piece.to(into.device)
 
     def whole(self) -> Tensor:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -320,10 +320,19 @@ def _same(a: Weights, b: Weights) -> bool:
 def _fill(module: Any, weights: Mapping[str, Weights], device: torch.device) -> None:
     """Give every weight its memory on `device` and its values, in the order of the files."""
     state = module.state_dict(keep_vars=True)
+    owners: dict[int, list[tuple[dict[str, Any], str]]] = {}  # several of a tied one
+    for child in module.modules():
+        for own in (child._parameters, child._buffers):
+            for leaf, old in own.items():
+                owners.setdefault(id(old), []).append((own, leaf))
     for name in sorted(weights, key=lambda name: weights[name].place):
-        tensor = torch.empty(state[name].shape, dtype=state[name].dtype, device=device)
-        weights[name].read(tensor)
-        state[name].data = tensor
+        old = state[name]
+        new = torch.empty(old.shape, dtype=old.dtype, device=device)
+        weights[name].read(new)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=False)
+        for own, leaf in owners[id(old)]:
+            own[leaf] = new
 
 
 def fingerprint(folder: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinsmith.engine.model.checkpoint import PIECE, Stored, Weights
+from tinsmith.engine.model.checkpoint import Stored, Weights, piece_size
 from tinsmith.engine.model.errors import ModelError
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -247,7 +247,7 @@ class _Grid:
 def _rows(stored: Stored, count: int, width: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """A tensor of `count` rows, some of them at a time: (first row, uint8 [n, bytes of a row])."""
     each = math.prod(stored.shape) // max(1, count)
-    size = max(1, PIECE // max(1, width)) * each
+    size = max(1, piece_size(device) // max(1, width)) * each
     for at, piece in stored.pieces(max(1, size)):
         yield at // max(1, each), piece.view(torch.uint8).view(-1, each * stored.dtype.itemsize).to(device)
 
@@ -334,7 +334,8 @@ class Mxfp4:
         for first, raw in _rows(self.blocks, experts * out, width, into.device):
             groups = self.blocks.shape[2]
             stop = first + len(raw)
-            ((_, exponents),) = self.scales.pieces(PIECE, first * groups, stop * groups)
+            count = (stop - first) * groups
+            ((_, exponents),) = self.scales.pieces(count, first * groups, stop * groups)
             values = _LOOKUPS["e2m1"](raw.view(len(raw), groups, -1))
             scale = _LOOKUPS[torch.float8_e8m0fnu](exponents.to(into.device))
             values.mul_(scale.view(len(raw), groups, 1))
