@@ -81,8 +81,9 @@ def trainer_logprobs(model: BaseModel, weights: AdapterWeights | None, text: Seq
     attention = PackedSequences([(0, n)], rows, model.device, model.dtype)
     recurrent = PackedRecurrence([segment], [(0, n)], model.device) if model.apart else None
     with torch.no_grad():
-        hidden = model.hidden(inputs, positions, Pass([segment], attention, recurrent))
-        table = model.log_softmax(model.logits(hidden, Pass([segment])))
+        on = model.device
+        hidden = model.hidden(inputs.to(on), positions.to(on), Pass([segment], attention, recurrent))
+        table = model.log_softmax(model.logits(hidden, Pass([segment]))).cpu()
     return table[:n].gather(1, torch.tensor(text[1:])[:, None])[:, 0].numpy()
 
 

@@ -148,8 +148,11 @@ def make_vision_model(name: str, folder: Path) -> Path:
     return folder
 
 
+DEVICE = torch.device("cpu")  # where models are loaded; test_gpu.py sets another one
+
+
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> BaseModel:
-    return BaseModel(f"tests/{folder.name}", str(folder), torch.device("cpu"), dtype)
+    return BaseModel(f"tests/{folder.name}", str(folder), DEVICE, dtype)
 
 
 def make_run(model: BaseModel, rank: int = 8, seed: int = 1, *, random_b: bool = True, **flags: bool) -> Run:
@@ -158,7 +161,7 @@ def make_run(model: BaseModel, rank: int = 8, seed: int = 1, *, random_b: bool =
     if random_b:
         generator = torch.Generator().manual_seed(seed + 1000)
         for _, b in run.layout.views(run.live.params).values():
-            b.normal_(0, 0.05, generator=generator)
+            b.copy_(torch.empty(b.shape).normal_(0, 0.05, generator=generator))
     return run
 
 
@@ -217,7 +220,7 @@ def metrics(output: bytes) -> dict[str, float]:
 
 def relative(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
     """Norm of the difference over norm."""
-    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    a, b = torch.as_tensor(a).double().cpu(), torch.as_tensor(b).double().cpu()
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.kernels import attention as kernel
+from tinsmith.engine.kernels import gpu
 from tinsmith.engine.model.attention import PAGE, round_up
 from tinsmith.engine.model.base import BaseModel
 
@@ -22,15 +23,18 @@ NULL = 0  # a page of zeros that stands where a shorter sequence of a batch has 
 
 class PagePool:
     """Pages of all layers: keys[layer] is [pages, kv heads, PAGE, key dim], values alike, the model's dtype;
-    where the CPU kernel reads them, keys are [pages, kv heads, key dim, PAGE] and a value's dim is padded.
+    where the CPU kernel reads them, keys are [pages, kv heads, key dim, PAGE] and a value's dim is padded;
+    those of a GPU's have both as [pages, PAGE, kv heads, dim].
 
-    The tensors grow with use up to `capacity` pages. Every page has a number of references; one that nobody
+    The tensors grow with use up to `capacity` pages, but on a GPU, where captured graphs know them by their
+    addresses, they have that size at once. Every page has a number of references; one that nobody
     refers to any more is kept as long as there is room if its content is known.
     """
 
     def __init__(self, model: BaseModel, cache_bytes: int) -> None:
         self.model = model
-        self.by_kernel = kernel.usable(model.device, model.dtype)
+        self.on_gpu = gpu.takes(model.device, model.dtype)
+        self.by_kernel = not self.on_gpu and kernel.usable(model.device, model.dtype)
         per_token = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in model.attention_layers.values())
         self.page_bytes = max(1, per_token * PAGE * model.dtype.itemsize)
         self.capacity = max(4, cache_bytes // self.page_bytes)
@@ -41,21 +45,24 @@ class PagePool:
         self._known: dict[bytes, int] = {}  # content -> page
         self._content: dict[int, tuple[bytes, int]] = {}  # page -> (content, serial of the weights)
         self._idle: OrderedDict[int, None] = OrderedDict()  # known pages without references, oldest first
-        self._grow(min(self.capacity + 1, 64))
+        whole = model.device.type == "cuda"
+        self._grow(self.capacity + 1 if whole else min(self.capacity + 1, 64))
         self._free.remove(NULL)
         self._references[NULL] = 1
 
     def _grow(self, pages: int) -> None:
         have = len(self._references)
         for layer, shape in self.model.attention_layers.items():
-            keys, values = (PAGE, shape.key_dim), (PAGE, shape.value_dim)
-            if self.by_kernel:
-                keys, values = (shape.key_dim, PAGE), (PAGE, round_up(shape.value_dim, kernel.VALUE_PAD))
-            for store, dims in ((self.keys, keys), (self.values, values)):
+            heads, keys, values = shape.kv_heads, shape.key_dim, shape.value_dim
+            of_keys, of_values = (heads, PAGE, keys), (heads, PAGE, values)
+            if self.on_gpu:
+                of_keys, of_values = (PAGE, heads, keys), (PAGE, heads, values)
+            elif self.by_kernel:
+                of_keys = heads, keys, PAGE
+                of_values = heads, PAGE, round_up(values, kernel.VALUE_PAD)
+            for store, dims in ((self.keys, of_keys), (self.values, of_values)):
                 # Zeros: a masked score times what lies in an unused place must be zero, never NaN.
-                new = torch.zeros(
-                    pages, shape.kv_heads, *dims, dtype=self.model.dtype, device=self.model.device
-                )
+                new = torch.zeros(pages, *dims, dtype=self.model.dtype, device=self.model.device)
                 if have:
                     new[:have] = store[layer]
                 store[layer] = new

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinsmith.engine.kernels import attention as kernel
+from tinsmith.engine.kernels import gpu
 from tinsmith.engine.kv_cache import NULL, PagePool
 from tinsmith.engine.model.attention import PAGE, TILE, attend, pad_rows
 
@@ -39,8 +41,13 @@ class PagedAttention:
         device = pool.model.device
         self.pool, self.rows = pool, rows
         self._chunks: kernel.Chunks | None = None
-        if pool.by_kernel:
-            self._chunks = kernel.Chunks([(c.row, c.length, c.position, c.pages) for c in chunks])
+        self._on_gpu: Any = None
+        if pool.on_gpu or pool.by_kernel:
+            numbers = [(c.row, c.length, c.position, c.pages) for c in chunks]
+            if pool.on_gpu:
+                self._on_gpu = gpu.module("gpu_attention").Pages.of(numbers, rows, device)
+            else:
+                self._chunks = kernel.Chunks(numbers)
             return
         at: list[int] = []
         page: list[int] = []
@@ -86,6 +93,9 @@ class PagedAttention:
         sinks: Tensor | None,
     ) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]
+        if self._on_gpu is not None:
+            attended: Tensor = self._on_gpu.attend(q, k, v, keys, values, scale, window, sinks)
+            return attended
         if self._chunks is not None:
             return kernel.paged_attention(q, k, v, keys, values, self._chunks, scale, window, sinks)
         keys[self._page, :, self._place] = k[:, self._at].transpose(0, 1)

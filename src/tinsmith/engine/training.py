@@ -309,7 +309,7 @@ class _Table:
 def log_softmax(logits: Tensor) -> LogSoftmax | _Table:
     """Of logits [n, vocab], which `gradient` may overwrite: those of chosen tokens, and its gradient."""
     usable = elementwise.usable(logits.device, logits.dtype)
-    return elementwise.LogSoftmax(logits) if usable else _Table(logits)
+    return elementwise.log_softmax(logits) if usable else _Table(logits)
 
 
 def _token_losses(

@@ -1,4 +1,5 @@
-"""Norms, gates, rotations and log-softmax by the CPU kernel (elementwise.cpp): a pass over a row each.
+"""Norms, gates, rotations and log-softmax by the CPU kernel (elementwise.cpp), or on a GPU by Triton's
+(triton_elementwise.py): a pass over a row each.
 
 A row's result depends on that row alone, in training and in sampling, forward and backward.
 """
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinsmith.engine.kernels import gpu
 from tinsmith.engine.kernels.library import library
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -31,7 +33,7 @@ _ARGUMENTS = {
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels serve tensors of this kind here."""
-    return device.type == "cpu" and dtype in _NAMES and library() is not None
+    return gpu.takes(device, dtype) or (device.type == "cpu" and dtype in _NAMES and library() is not None)
 
 
 @functools.cache
@@ -39,6 +41,10 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     function = getattr(library(), f"{name}_{_NAMES[dtype]}")
     function.argtypes, function.restype = _ARGUMENTS[name], None
     return function
+
+
+def _gpu() -> Any:
+    return gpu.module("triton_elementwise")
 
 
 class NormStyle(enum.IntEnum):
@@ -59,6 +65,10 @@ def norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle, inverse: Tensor | None) -> Tensor:
+    if gpu.takes(x.device):
+        flat = _gpu().norm(x.view(-1, x.shape[-1]), weight, eps, int(style), inverse)
+        result: Tensor = flat.view(x.shape)
+        return result
     y, width = torch.empty_like(x), x.shape[-1]
     _function("norm_forward", x.dtype)(
         x.data_ptr(), weight.data_ptr(), y.data_ptr(), None if inverse is None else inverse.data_ptr(),
@@ -71,7 +81,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, style: NormStyle) -> Tensor:
         x = x.contiguous()
-        inverse = torch.empty(x.shape[:-1], dtype=torch.float32)
+        inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
         y = _norm(x, weight, eps, style, inverse)
         ctx.save_for_backward(x, weight, inverse)
         ctx.style = style
@@ -80,6 +90,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
+        if gpu.takes(x.device):
+            flat = _gpu().norm_backward(_rows(x), weight, _rows(grads[0]), inverse, int(ctx.style))
+            return flat.view(x.shape), None, None, None
         grad, dx, width = grads[0].contiguous(), torch.empty_like(x), x.shape[-1]
         _function("norm_backward", x.dtype)(
             x.data_ptr(), weight.data_ptr(), grad.data_ptr(), inverse.data_ptr(), dx.data_ptr(),
@@ -103,6 +116,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _gate(x: Tensor, up: Tensor) -> Tensor:
+    if gpu.takes(x.device):
+        result: Tensor = _gpu().gate(x, up)
+        return result
     y = x.new_empty(x.shape)
     _function("gate_forward", x.dtype)(
         x.data_ptr(), up.data_ptr(), y.data_ptr(), x.shape[0], x.shape[1], x.stride(0), up.stride(0),
@@ -123,6 +139,9 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, up = ctx.saved_tensors
         grad = _rows(grads[0])
+        if gpu.takes(x.device):
+            dx, dup = _gpu().gate_backward(x, up, grad)
+            return dx.view(ctx.shape), dup.view(ctx.shape)
         dx, dup = x.new_empty(x.shape), x.new_empty(x.shape)
         _function("gate_backward", x.dtype)(
             x.data_ptr(), up.data_ptr(), grad.data_ptr(), dx.data_ptr(), dup.data_ptr(), x.shape[0],
@@ -146,6 +165,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: int, *, back: bool) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
+    if gpu.takes(x.device):
+        turned: Tensor = _gpu().rotate(x[0], cos[0], sin[0], rotary, back=back)
+        return turned.unsqueeze(0).transpose(1, 2)
     _, heads, rows, dim = x.shape
     y = x.new_empty(1, rows, heads, dim)
     half, width = rotary // 2, cos.shape[-1]
@@ -210,3 +232,11 @@ class LogSoftmax:
             grads.data_ptr(), ids.shape[1], n, vocab, self.logits.stride(0), torch.get_num_threads(),
         )  # fmt: skip
         return self.logits
+
+
+def log_softmax(logits: Tensor) -> LogSoftmax:
+    """Of logits on a device that the kernels serve."""
+    if gpu.takes(logits.device):
+        on_gpu: LogSoftmax = _gpu().LogSoftmax(logits)
+        return on_gpu
+    return LogSoftmax(logits)

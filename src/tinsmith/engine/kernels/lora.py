@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinsmith.engine.kernels import gpu
 from tinsmith.engine.kernels.library import library
 
 _COLUMNS = 16  # of a vector register in lora.cpp: what a packed matrix is padded to
@@ -27,7 +28,7 @@ def available() -> bool:
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel serves tensors of this kind here."""
-    return dtype is torch.bfloat16 and device.type == "cpu" and available()
+    return dtype is torch.bfloat16 and device.type == "cpu" and not gpu.takes(device) and available()
 
 
 @dataclass(frozen=True, slots=True)

@@ -282,10 +282,16 @@ def decode(
 ) -> None:  # fmt: skip
     """As paged_forward for tiles of single rows, each one's keys divided among `splits` programs."""
     shape = Shape.of(q, values, keys.shape[2], single=True)
+    if splits == 1:
+        _launch(
+            q, keys, values, out, None, tiles, pages, shape, scale, window, sinks,
+            keys.stride()[:3], values.stride()[:3], rows=max(16, shape.pack),
+        )  # fmt: skip
+        return
     parts = q.new_empty(splits, q.shape[1], q.shape[0], shape.value + 2, dtype=torch.float32)
     _launch(
         q, keys, values, out, None, tiles, pages, shape, scale, window, sinks,
-        keys.stride()[:3], values.stride()[:3], splits, parts,
+        keys.stride()[:3], values.stride()[:3], rows=max(16, shape.pack), splits=splits, parts=parts,
     )  # fmt: skip
     _combine[(len(tiles), q.shape[0])](
         parts, out, sinks, tiles, parts.stride(0), *out.stride()[:2], q.shape[0], values.shape[-1], splits,
@@ -301,11 +307,9 @@ def _strides(x: Tensor) -> tuple[int, int]:
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tiles: Tensor, pages: Tensor | None,
     shape: Shape, scale: float, window: int | None, sinks: Tensor | None, key_strides: tuple[int, ...],
-    value_strides: tuple[int, ...], splits: int = 0, parts: Tensor | None = None,
+    value_strides: tuple[int, ...], *, rows: int = ROWS, splits: int = 0, parts: Tensor | None = None,
 ) -> None:  # fmt: skip
     heads = q.shape[0] // shape.group
-    # A program of a decode step has one position only.
-    rows = ROWS if splits == 0 else max(16, shape.pack)
     grid = (len(tiles), heads * shape.parts, max(1, splits))
     wide = shape.first + shape.second > 128
     _forward[grid](

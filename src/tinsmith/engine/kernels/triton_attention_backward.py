@@ -12,21 +12,26 @@ import triton.language as tl
 from torch import Tensor
 
 from tinsmith.engine.kernels.triton_attention import KEYS, ROWS, Packed, Shape
-from tinsmith.engine.kernels.triton_common import dot, exact_dot
+from tinsmith.engine.kernels.triton_common import INTERPRETED, dot, exact_dot
 
 _LOG2E = 1.4426950408889634
 
 
 @triton.jit
 def _delta(
-    OUT, GRAD, DELTA, stride_or, stride_oh, stride_gr, stride_gh, heads, rows, dim_v, DV: tl.constexpr
-):
+    OUT, GRAD, DELTA, stride_or, stride_oh, stride_gr, stride_gh, heads, rows, dim_v, R: tl.constexpr,
+    DV: tl.constexpr,
+):  # fmt: skip
     """fp32 [heads, rows]: the sum of out * grad over a head."""
-    row, head, offs = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, DV)
-    real = offs < dim_v
-    out = tl.load(OUT + row * stride_or + head * stride_oh + offs, mask=real, other=0.0).to(tl.float32)
-    grad = tl.load(GRAD + row * stride_gr + head * stride_gh + offs, mask=real, other=0.0).to(tl.float32)
-    tl.store(DELTA + head.to(tl.int64) * rows + row, tl.sum(out * grad, 0))
+    pair = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    row, head = pair // heads, pair % heads
+    offs = tl.arange(0, DV)[None, :]
+    real = (pair < rows * heads)[:, None] & (offs < dim_v)
+    out_at = OUT + (row * stride_or + head * stride_oh)[:, None] + offs
+    grad_at = GRAD + (row * stride_gr + head * stride_gh)[:, None] + offs
+    out = tl.load(out_at, mask=real, other=0.0).to(tl.float32)
+    grad = tl.load(grad_at, mask=real, other=0.0).to(tl.float32)
+    tl.store(DELTA + head * rows + row, tl.sum(out * grad, 1), mask=pair < rows * heads)
 
 
 @triton.jit
@@ -182,8 +187,9 @@ def packed_backward(
     """
     shape, heads, rows = Shape.of(q, v, k.shape[0]), q.shape[0], q.shape[1]
     delta = lse.new_empty(heads, rows)
-    _delta[(rows, heads)](
-        out, grad, delta, *out.stride()[:2], *grad.stride()[:2], heads, rows, v.shape[-1], shape.value
+    pairs = 1024 if INTERPRETED else 16
+    _delta[(-(-rows * heads // pairs),)](
+        out, grad, delta, *out.stride()[:2], *grad.stride()[:2], heads, rows, v.shape[-1], pairs, shape.value
     )
     dq, dk, dv = (x.new_zeros(x.shape[1], x.shape[0], x.shape[2]) for x in (q, k, v))
     strides = [n for x in (q, k, v) for n in (x.stride(1), x.stride(0))] + list(grad.stride()[:2])

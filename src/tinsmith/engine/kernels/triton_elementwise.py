@@ -13,7 +13,7 @@ from torch import Tensor
 from tinsmith.engine.kernels.triton_common import INTERPRETED, power
 
 _VOCAB = 4096  # logits of a row that are worked on at a time
-_WIDE = 4096 if not INTERPRETED else 1 << 16  # numbers of a program's rows
+_WIDE = 1 << 16 if INTERPRETED else 4096  # numbers that a program works on
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, style: int, inverse: Tensor | No
     needs."""
     rows, width = x.shape
     y, n = x.new_empty(rows, width), power(width)
-    r = max(1, min(_WIDE // n, 16))
+    r = max(1, min(_WIDE // n, 256 if INTERPRETED else 16))
     _norm[(-(-rows // r),)](
         x, weight, y, inverse, rows, width, x.stride(0), eps, style, r, n, inverse is not None,
         num_warps=_warps(r * n),
@@ -73,7 +73,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, style: int, inverse: Tensor | No
 def norm_backward(x: Tensor, weight: Tensor, grad: Tensor, inverse: Tensor, style: int) -> Tensor:
     rows, width = x.shape
     dx, n = x.new_empty(rows, width), power(width)
-    r = max(1, min(_WIDE // n, 16))
+    r = max(1, min(_WIDE // n, 256 if INTERPRETED else 16))
     _norm_backward[(-(-rows // r),)](
         x, weight, grad, inverse, dx, rows, width, x.stride(0), grad.stride(0), style, r, n,
         num_warps=_warps(r * n),
@@ -86,9 +86,10 @@ def _warps(numbers: int) -> int:
 
 
 @triton.jit
-def _gate(X, UP, Y, width, stride_x, stride_u, N: tl.constexpr):
-    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * N + tl.arange(0, N)
-    real = col < width
+def _gate(X, UP, Y, rows, width, stride_x, stride_u, R: tl.constexpr, N: tl.constexpr):
+    row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+    col = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
+    real = (row < rows) & (col < width)
     x = tl.load(X + row * stride_x + col, mask=real, other=0.0).to(tl.float32)
     up = tl.load(UP + row * stride_u + col, mask=real, other=0.0).to(tl.float32)
     gate = (x / (1.0 + tl.exp(-x))).to(Y.dtype.element_ty).to(tl.float32)
@@ -96,9 +97,12 @@ def _gate(X, UP, Y, width, stride_x, stride_u, N: tl.constexpr):
 
 
 @triton.jit
-def _gate_backward(X, UP, GRAD, DX, DUP, width, stride_x, stride_u, stride_g, N: tl.constexpr):
-    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * N + tl.arange(0, N)
-    real = col < width
+def _gate_backward(
+    X, UP, GRAD, DX, DUP, rows, width, stride_x, stride_u, stride_g, R: tl.constexpr, N: tl.constexpr
+):
+    row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+    col = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
+    real = (row < rows) & (col < width)
     x = tl.load(X + row * stride_x + col, mask=real, other=0.0).to(tl.float32)
     up = tl.load(UP + row * stride_u + col, mask=real, other=0.0).to(tl.float32)
     grad = tl.load(GRAD + row * stride_g + col, mask=real, other=0.0).to(tl.float32)
@@ -111,39 +115,48 @@ def _gate_backward(X, UP, GRAD, DX, DUP, width, stride_x, stride_u, stride_g, N:
 def gate(x: Tensor, up: Tensor) -> Tensor:
     """silu(x) * up: [rows, width] each, last dimensions dense."""
     rows, width = x.shape
-    y = x.new_empty(rows, width)
-    _gate[(rows, -(-width // 2048))](x, up, y, width, x.stride(0), up.stride(0), 2048, num_warps=4)
+    y, (r, n) = x.new_empty(rows, width), _tile(width)
+    _gate[(-(-rows // r), -(-width // n))](
+        x, up, y, rows, width, x.stride(0), up.stride(0), r, n, num_warps=4
+    )
     return y
 
 
 def gate_backward(x: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
-    dx, dup = x.new_empty(rows, width), x.new_empty(rows, width)
-    _gate_backward[(rows, -(-width // 2048))](
-        x, up, grad, dx, dup, width, x.stride(0), up.stride(0), grad.stride(0), 2048, num_warps=4
+    dx, dup, (r, n) = x.new_empty(rows, width), x.new_empty(rows, width), _tile(width)
+    _gate_backward[(-(-rows // r), -(-width // n))](
+        x, up, grad, dx, dup, rows, width, x.stride(0), up.stride(0), grad.stride(0), r, n, num_warps=4
     )
     return dx, dup
 
 
+def _tile(width: int) -> tuple[int, int]:
+    """Rows and columns that a program works on where each number is its own affair."""
+    n = min(power(width), 2048)
+    return max(1, _WIDE // 2 // n), n
+
+
 @triton.jit
 def _rotate(
-    X, COS, SIN, Y, heads, dim, half, second, stride_xh, stride_xr, stride_cos, BACK: tl.constexpr,
-    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    X, COS, SIN, Y, pairs, heads, dim, half, second, stride_xh, stride_xr, stride_cos, BACK: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one row: the numbers j and j + half of a head turn together; the rest is copied. COS and
+    """Some heads of some rows: the numbers j and j + half of a head turn together; the rest is copied. COS,
     SIN: [rows, stride_cos]; those of the second half begin at `second`."""
-    row = tl.program_id(0).to(tl.int64)
-    head, col = tl.arange(0, H)[:, None], tl.arange(0, N)[None, :]
-    real = (head < heads) & (col < half)
+    pair = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+    row, head = pair // heads, pair % heads
+    col = tl.arange(0, N)[None, :]
+    real = (pair < pairs) & (col < half)
     x_at = X + head * stride_xh + row * stride_xr
-    y_at = Y + (row * heads + head) * dim
+    y_at = Y + pair * dim
     a = tl.load(x_at + col, mask=real, other=0.0).to(tl.float32)
     b = tl.load(x_at + half + col, mask=real, other=0.0).to(tl.float32)
     at = row * stride_cos + col
-    cos_a = tl.load(COS + at, mask=col < half, other=0.0).to(tl.float32)
-    sin_a = tl.load(SIN + at, mask=col < half, other=0.0).to(tl.float32)
-    cos_b = tl.load(COS + at + second, mask=col < half, other=0.0).to(tl.float32)
-    sin_b = tl.load(SIN + at + second, mask=col < half, other=0.0).to(tl.float32)
+    cos_a = tl.load(COS + at, mask=real, other=0.0).to(tl.float32)
+    sin_a = tl.load(SIN + at, mask=real, other=0.0).to(tl.float32)
+    cos_b = tl.load(COS + at + second, mask=real, other=0.0).to(tl.float32)
+    sin_b = tl.load(SIN + at + second, mask=real, other=0.0).to(tl.float32)
     if BACK:
         ya, yb = a * cos_a + b * sin_b, b * cos_b - a * sin_a
     else:
@@ -152,7 +165,7 @@ def _rotate(
     tl.store(y_at + half + col, yb.to(Y.dtype.element_ty), mask=real)
     if D > 0:
         rest = 2 * half + tl.arange(0, D)[None, :]
-        real = (head < heads) & (rest < dim)
+        real = (pair < pairs) & (rest < dim)
         tl.store(y_at + rest, tl.load(x_at + rest, mask=real), mask=real)
 
 
@@ -164,10 +177,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotary: int, *, back: bool) -> T
     """
     heads, rows, dim = x.shape
     half, width = rotary // 2, cos.shape[-1]
-    y = x.new_empty(rows, heads, dim)
-    _rotate[(rows,)](
-        x, cos, sin, y, heads, dim, half, width - half, x.stride(0), x.stride(1), width, back,
-        power(heads, 1), power(half, 1), 0 if rotary == dim else power(dim - rotary, 1), num_warps=4,
+    y, n = x.new_empty(rows, heads, dim), power(half, 1)
+    r = max(1, _WIDE // 4 // n)
+    _rotate[(-(-rows * heads // r),)](
+        x, cos, sin, y, rows * heads, heads, dim, half, width - half, x.stride(0), x.stride(1), width, back,
+        r, n, 0 if rotary == dim else power(dim - rotary, 1), num_warps=4,
     )  # fmt: skip
     return y
 

@@ -63,7 +63,7 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    Z, Y, TILES, FACTORS, RANKS, stride_part, stride_z, stride_y, outer, parts,
+    Z, Y, TILES, FACTORS, RANKS, stride_part, stride_z, stride_y, stride_yn, outer, parts,
     RANK_FIRST: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Y[rows, :outer] += z W, z the sum of its parts in order, rounded as Y is. The factor lies as
@@ -91,7 +91,7 @@ def _expand(
             w_at = factor + offs_n[None, :].to(tl.int64) * rank + offs_r[:, None]
         w = tl.load(w_at, mask=(offs_r < rank)[:, None] & (offs_n < outer)[None, :], other=0.0)
         acc = dot(z.to(Y.dtype.element_ty), w, acc, EXACT)
-    y_at = Y + (row + offs_m)[:, None] * stride_y + offs_n[None, :]
+    y_at = Y + (row + offs_m)[:, None] * stride_y + offs_n[None, :] * stride_yn
     inside = real[:, None] & (offs_n < outer)[None, :]
     y = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_at, (y + acc).to(Y.dtype.element_ty), mask=inside)
@@ -178,8 +178,9 @@ def expand(
     outer, n, width = y.shape[1], 128, z.shape[-1]
     parts = 1 if z.dim() == 2 else len(z)
     _expand[(len(tiles), -(-outer // n))](
-        z, y, tiles, factors, ranks, 0 if parts == 1 else z.stride(0), z.stride(-2), y.stride(0), outer,
-        parts, rank_first, rows, min(power(width), 64), n, exact_dot(y.dtype), num_warps=4, num_stages=2,
+        z, y, tiles, factors, ranks, 0 if parts == 1 else z.stride(0), z.stride(-2), y.stride(0), y.stride(1),
+        outer, parts, rank_first, rows, min(power(width), 64), n, exact_dot(y.dtype),
+        num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def outer(
     blocks: int32 [blocks, 2], (first row, end); targets: int64 addresses by job, 0 for none; ranks: int32,
     the true ones, at most `width`; scales: fp32 by adapter.
     """
-    wide, r, n = v.shape[1], min(power(width), 64), 128
+    wide, r, n = v.shape[1], min(power(width), 64), 64
     _outer[(len(jobs), -(-wide // n), -(-width // r))](
         u, v, jobs, blocks, targets, ranks, scales, u.stride(0), v.stride(0), wide,
         rank_first, r, n, 64, exact_dot(u.dtype), num_warps=4, num_stages=3,

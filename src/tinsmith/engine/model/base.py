@@ -268,7 +268,7 @@ class BaseModel:
     def log_softmax(logits: Tensor) -> Tensor:
         """fp32 log-probabilities [n, vocab]: the one function behind every logprob, trained or sampled."""
         if elementwise.usable(logits.device, logits.dtype):
-            return elementwise.LogSoftmax(logits).table()
+            return elementwise.log_softmax(logits).table()
         return torch.log_softmax(logits.float(), dim=-1)
 
     def plain(self, token_ids: Tensor, cache: Any = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Norms, gates and rotary embeddings of transformers' modules, done by the CPU kernel in one pass each.
+"""Norms, gates and rotary embeddings of transformers' modules, done by a kernel in one pass each.
 
 No family is known here: a module is taken over if the kernel gives what the module's own code gives, which is
 tried on random numbers, once for every class, when a model is loaded. Everything else stays as it is.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinsmith.engine.kernels import elementwise as kernel
+from tinsmith.engine.kernels import gpu
 from tinsmith.engine.kernels.elementwise import NormStyle
 from tinsmith.engine.model.packing import current_pass
 
@@ -32,8 +33,9 @@ def fuse(root: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     gates: dict[tuple[type, ...], str] = {}
     files = set()
     for name, child in list(root.named_modules()):
-        # In fp32 norms stay transformers' own, to whose last digits recurrent layers are sensitive.
-        if dtype is torch.bfloat16 and _is_norm(child, dtype):
+        # In fp32 norms stay transformers' own, to whose last digits recurrent layers are sensitive; but on a
+        # GPU torch sums a row in another order for other numbers of rows.
+        if (dtype is torch.bfloat16 or gpu.takes(device)) and _is_norm(child, dtype):
             if type(child) not in styles:
                 styles[type(child)] = _style(child, dtype)
             style = styles[type(child)]
@@ -51,7 +53,7 @@ def fuse(root: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         if hasattr(child, "tinsmith_attends"):
             files.add(sys.modules[type(child).__module__])
     for file in files:
-        _take_rotation(file, dtype)
+        _take_rotation(file, device, dtype)
 
 
 # Norms
@@ -97,7 +99,7 @@ def _style(module: nn.Module, dtype: torch.dtype) -> NormStyle | None:
     module = copy.deepcopy(module)
     weight: Tensor = module.weight  # type: ignore[assignment]
     weight.copy_(_random(*weight.shape))
-    x = (3 * _random(_ROWS, *weight.shape)).to(dtype)
+    x = (3 * _random(_ROWS, *weight.shape)).to(weight.device, dtype)
     try:
         wanted = module(x)
     except Exception:
@@ -133,14 +135,15 @@ def _gate_of(module: Any, dtype: torch.dtype) -> str:
     """The way in which the kernel does as the module: "experts", a key of _MLPS, or nothing."""
     apart = isinstance(getattr(module, "gate_proj", None), nn.Module) and hasattr(module, "up_proj")
     one = isinstance(getattr(module, "gate_up_proj", None), nn.Module)
+    device = next(module.parameters()).device
     try:
         if hasattr(module, "_apply_gate"):
-            x = (3 * _random(_ROWS, 64)).to(dtype)
+            x = (3 * _random(_ROWS, 64)).to(device, dtype)
             return "experts" if _same(_halves(x), module._apply_gate(x)) else ""
         if not (apart or one):
             return ""
         width = (module.gate_proj if apart else module.gate_up_proj).in_features
-        x = _random(1, _ROWS, width).to(dtype)
+        x = _random(1, _ROWS, width).to(device, dtype)
         way = "apart" if apart else "one"
         return way if _same(_MLPS[way](module, x), module(x)) else ""
     except Exception:
@@ -150,14 +153,14 @@ def _gate_of(module: Any, dtype: torch.dtype) -> str:
 # Rotations
 
 
-def _take_rotation(file: Any, dtype: torch.dtype) -> None:
+def _take_rotation(file: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Put the kernel in the place of a modeling file's own function, inside this server's passes alone."""
     original = getattr(file, _ROTATIONS, None)
     if original is None or isinstance(original, _Rotation):
         return
     if list(inspect.signature(original).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return
-    taken = _Rotation(original, dtype)
+    taken = _Rotation(original, device, dtype)
     if taken.whole or taken.partial or taken.shared:
         setattr(file, _ROTATIONS, taken)
 
@@ -169,16 +172,18 @@ class _Rotation:
     shared: they are half as wide, and both halves of a head take the same.
     """
 
-    def __init__(self, original: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
-        self.original, self.dtype = original, dtype
+    def __init__(
+        self, original: Callable[..., tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.original, self.device, self.dtype = original, device, dtype
         self.whole = self._tried(32, 32, 32)
         self.partial = self._tried(48, 32, 32)
         self.shared = not self.partial and self._tried(32, 16, 32)
 
     @torch.no_grad()
     def _tried(self, dim: int, width: int, rotary: int) -> bool:
-        q, k = (_random(heads, _ROWS, dim).unsqueeze(0).to(self.dtype) for heads in (3, 2))
-        cos, sin = (_random(1, _ROWS, width).to(self.dtype) for _ in range(2))
+        q, k = (_random(heads, _ROWS, dim).unsqueeze(0).to(self.device, self.dtype) for heads in (3, 2))
+        cos, sin = (_random(1, _ROWS, width).to(self.device, self.dtype) for _ in range(2))
         try:
             wanted = self.original(q, k, cos, sin)
         except Exception:
@@ -196,13 +201,7 @@ class _Rotation:
     def __call__(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if (
-            args
-            or kwargs
-            or current_pass() is None
-            or q.device.type != "cpu"
-            or not self._fits(q, k, cos, sin)
-        ):
+        if args or kwargs or current_pass() is None or not self._fits(q, k, cos, sin):
             return self.original(q, k, cos, sin, *args, **kwargs)
         q_rotary, k_rotary = (self._rotary(x.shape[-1], cos.shape[-1]) for x in (q, k))
         if not (q_rotary and k_rotary):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinsmith.engine.commands import LoraSpec
-from tinsmith.engine.kernels import linear
+from tinsmith.engine.kernels import gpu, linear
 from tinsmith.engine.kernels import lora as kernel
 from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.packing import Pass, Segment, current_pass
@@ -186,6 +186,11 @@ class AdapterWeights:
     def has(self, name: str) -> bool:
         """Whether a slot is trained."""
         return name in self._a or (self._packs is not None and name in self._packs.shapes)
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The slots whose matrices `get` gives without making them."""
+        return self._a
 
     def get(self, name: str) -> tuple[Tensor, Tensor] | None:
         """(A, scaled B) of a slot, or None where it is not trained."""
@@ -406,7 +411,10 @@ class LoraLinear(nn.Module):
             flat = flat.index_select(0, this.places.of_rows)
         y: Tensor
         anchor = None if flat.requires_grad else this.anchor_of(name for name, _ in self.parts)
-        if torch.is_grad_enabled() and (flat.requires_grad or anchor is not None):
+        if gpu.takes(flat.device, flat.dtype):
+            on_gpu = gpu.module("gpu_lora").LoraLinear
+            y = on_gpu.apply(flat, anchor, self.weight, self.bias, self.parts, this)
+        elif torch.is_grad_enabled() and (flat.requires_grad or anchor is not None):
             y = _LoraLinear.apply(flat, anchor, self.weight, self.bias, self.parts, this)
         elif self.packed is not None and len(flat) <= PACKED_ROWS:
             y = linear.run(flat, self.packed.matrices, self.packed.where(this.segments, len(flat)))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.kernels import attention as kernel
+from tinsmith.engine.kernels import gpu
 from tinsmith.engine.model.attention import PAGE, PackedAttention, round_up
 
 if TYPE_CHECKING:  # lora imports this module
@@ -98,6 +99,7 @@ class Pass:
     recurrent: RecurrentBackend | None = None
     places: Places | None = None
     anchor: Tensor | None = None
+    adapters: Any = None  # the segments as the kernels of a GPU want them: see kernels/gpu_lora.py
 
     def anchor_of(self, slots: Iterable[str]) -> Tensor | None:
         """The anchor, for a layer one of whose slots has an adapter in this pass."""
@@ -138,6 +140,10 @@ class PackedSequences:
     ) -> None:
         """spans: (first row, length) of every sequence."""
         self.rows = rows
+        self.on_gpu = None
+        if gpu.takes(device, dtype):
+            self.on_gpu = gpu.module("gpu_attention").Spans(spans, rows, device)
+            return
         self.spans = kernel.Spans(spans) if kernel.usable(device, dtype) else None
         if self.spans is not None:
             return
@@ -166,8 +172,13 @@ class PackedSequences:
         window: int | None,
         sinks: Tensor | None,
     ) -> Tensor:
+        result: Tensor
+        if self.on_gpu is not None:
+            attention = gpu.module("gpu_attention").SpanAttention
+            result = attention.apply(q, k, v, self.on_gpu, scale, window, sinks)
+            return result
         if self.spans is not None:
-            result: Tensor = kernel.SpanAttention.apply(q, k, v, self.spans, scale, window, sinks)
+            result = kernel.SpanAttention.apply(q, k, v, self.spans, scale, window, sinks)
             return result
         out = q.new_zeros(self.rows, q.shape[0], v.shape[-1])
         for count, padded, index, keep, to in self.groups:

@@ -1,0 +1,217 @@
+"""Linear layers with the adapters of many tenants on a GPU: one launch for all of a pass's adapters.
+
+What the kernels of triton_lora.py want to know of a pass (which rows meet which adapter, where its matrices
+lie, where gradients go) is put together once a pass, in a few copies to the device, and read by every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinsmith.engine.kernels import gpu
+from tinsmith.engine.kernels.triton_common import table
+from tinsmith.engine.kernels.triton_lora import expand, outer, shrink
+from tinsmith.engine.model.packing import Pass, Segment
+
+ROWS = 64  # of a tile
+Parts = Sequence[tuple[str, slice]]
+
+
+class Targets:
+    """Where gradients go: for each request of a pass, its blocks of rows in order, its rank and its scale.
+
+    `jobs` and `blocks` as triton_lora.outer takes them, a job for each request.
+    """
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        self._gradients: dict[int, Any] = {}
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for block in (b for s in segments if s.weights is not None for b in s.blocks):
+            self._gradients[id(block.gradients)] = block.gradients
+            spans.setdefault(id(block.gradients), []).append((block.start, block.stop))
+        jobs: list[tuple[int, ...]] = []
+        blocks: list[tuple[int, int]] = []
+        for i, own in enumerate(spans.values()):
+            jobs.append((len(blocks), len(own), 1, i))
+            blocks += own
+        self.empty = not jobs
+        if self.empty:
+            return
+        self.all = list(self._gradients.values())
+        self.jobs, self.blocks = table(jobs, device), table(blocks, device)
+        self.ranks = table([[g.rank for g in self.all]], device)[0]
+        self.scales = _send(np.array([g.scale for g in self.all], np.float32), device)
+        self.ones = torch.ones_like(self.scales)
+        self.widest = max(g.rank for g in self.all)
+        names = list(dict.fromkeys(n for g in self.all for n in g.layout.ranges))
+        self._index = {name: i for i, name in enumerate(names)}
+        addresses = np.zeros((2, len(names), len(self.all)), np.int64)
+        for j, g in enumerate(self.all):
+            for name in g.layout.ranges:
+                addresses[:, self._index[name], j] = g.addresses(name)
+        self._addresses = _send(addresses, device)
+
+    def of(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The addresses of a slot's dA and dB, int64 by job; None where nobody trains it."""
+        i = None if self.empty else self._index.get(name)
+        return None if i is None else (self._addresses[0, i], self._addresses[1, i])
+
+
+class Adapters:
+    """The adapters of a pass, numbered, and which rows meet which: `tiles` as triton_lora takes them.
+
+    width: the widest padded rank; rows: of a tile at most; parts: into how many a sum over a layer's inputs
+    is divided; ranks: padded, int32 by adapter.
+    """
+
+    parts = 1
+    rows = ROWS
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        self._segments, self._device = segments, device
+        self.weights: list[Any] = []
+        numbers: dict[int, int] = {}
+        tiles: list[tuple[int, int, int]] = []
+        for segment in segments:
+            weights = segment.weights
+            if weights is None:
+                continue
+            if weights.serial not in numbers:
+                numbers[weights.serial] = len(self.weights)
+                self.weights.append(weights)
+            number = numbers[weights.serial]
+            tiles += [
+                (at, min(ROWS, segment.stop - at), number) for at in range(segment.start, segment.stop, ROWS)
+            ]
+        self._targets: Targets | None = None
+        # The one adapter of all rows, whose products are ordinary ones.
+        alone = len(segments) == 1 and len(self.weights) == 1 and not gpu.CHOICE.deterministic
+        self.only = self.weights[0] if alone else None
+        if not self.weights:
+            return
+        ranks = [w.rank for w in self.weights]
+        self.width = max(ranks)
+        self.tiles, self.ranks = table(tiles, device), table([ranks], device)[0]
+        names = list(dict.fromkeys(n for w in self.weights for n in w.names))
+        self._index = {name: i for i, name in enumerate(names)}
+        self._addresses = _send(addresses_of(self.weights, self._index), device)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The addresses of a slot's A and B, int64 by adapter; None where no adapter has it."""
+        i = self._index.get(name) if self.weights else None
+        return None if i is None else (self._addresses[0, i], self._addresses[1, i])
+
+    @property
+    def targets(self) -> Targets:
+        if self._targets is None:
+            self._targets = Targets(self._segments, self._device)
+        return self._targets
+
+
+def addresses_of(weights: Sequence[Any], index: dict[str, int]) -> np.ndarray:
+    """int64 [2, names, weights]: where A and B of each slot lie, 0 where there is none."""
+    found = np.zeros((2, len(index), len(weights)), np.int64)
+    for j, w in enumerate(weights):
+        for name in w.names:
+            i = index.get(name)
+            if i is not None:
+                a, b = w.get(name)
+                found[0, i, j], found[1, i, j] = a.data_ptr(), b.data_ptr()
+    return found
+
+
+def _send(array: np.ndarray, device: torch.device) -> Tensor:
+    made = torch.from_numpy(array)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
+def adapters_of(this: Pass, device: torch.device) -> Adapters:
+    """A pass's adapters, made on first use."""
+    if this.adapters is None:
+        this.adapters = Adapters(this.segments, device)
+    found: Adapters = this.adapters
+    return found
+
+
+class LoraLinear(torch.autograd.Function):
+    """y = x W^T + b, and every row's own adapter on each part of the output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        parts: Parts,
+        this: Pass,
+    ) -> Tensor:
+        """x: [rows, in] of the pass `this` -> [rows, out]. anchor: see Pass."""
+        adapters = adapters_of(this, x.device)
+        y = F.linear(x, weight, bias)
+        hidden = [add(x, y[:, columns], name, adapters) for name, columns in parts]
+        ctx.save_for_backward(x, weight, *[z for z in hidden if z is not None])
+        ctx.names = [part for part, z in zip(parts, hidden, strict=True) if z is not None]
+        ctx.adapters = adapters
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *hidden = ctx.saved_tensors
+        dy = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        for (name, columns), z in zip(ctx.names, hidden, strict=True):
+            take_back(x, dy[:, columns], dx, z, name, ctx.adapters)
+        return dx, None, None, None, None, None
+
+
+def add(x: Tensor, y: Tensor, name: str, adapters: Adapters) -> Tensor | None:
+    """y [rows, out] += x A^T B^T of each row's adapter. Returns x A^T for `take_back`; None where no adapter
+    has this slot."""
+    factors = adapters.factors(name)
+    if factors is None:
+        return None
+    if adapters.only is not None:
+        a, b = adapters.only.get(name)
+        z = F.linear(x, a)
+        y.addmm_(z, b.T)
+        return z
+    z = shrink(
+        x, adapters.tiles, factors[0], adapters.ranks, adapters.width, rank_first=True, rows=adapters.rows,
+        parts=adapters.parts,
+    )  # fmt: skip
+    expand(z, y, adapters.tiles, factors[1], adapters.ranks, rank_first=False, rows=adapters.rows)
+    return z
+
+
+def take_back(x: Tensor, dy: Tensor, dx: Tensor | None, z: Tensor, name: str, adapters: Adapters) -> None:
+    """The backward pass of `add`: dx += dy B A where it is wanted, and the gradients of A and B to their
+    targets."""
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    factors = adapters.factors(name)
+    assert factors is not None
+    if adapters.only is not None:
+        a, b = adapters.only.get(name)
+        dz = dy @ b
+        if dx is not None:
+            dx.addmm_(dz, a)
+    else:
+        dz = shrink(
+            dy, adapters.tiles, factors[1], adapters.ranks, adapters.width, rank_first=False,
+            rows=adapters.rows,
+        )  # fmt: skip
+        if dx is not None:
+            expand(dz, dx, adapters.tiles, factors[0], adapters.ranks, rank_first=True, rows=adapters.rows)
+    targets = adapters.targets
+    where = targets.of(name)
+    if where is None:
+        return
+    same = {"jobs": targets.jobs, "blocks": targets.blocks, "ranks": targets.ranks, "width": targets.widest}
+    outer(dz, x, targets=where[0], scales=targets.ones, rank_first=True, **same)
+    outer(z, dy, targets=where[1], scales=targets.scales, rank_first=False, **same)
