@@ -99,6 +99,9 @@ class Settings:
         default=35.0,
         metadata=_about("seconds for which a request for a pending result is held", least=0.1, most=40.0),
     )
+    prices: Path | None = field(
+        default=None, metadata=_about("price table, a TOML file (default: the one that ships)")
+    )
     grace: float = field(
         default=30.0, metadata=_about("seconds that a stopping server gives to what it is doing", least=0.0)
     )
@@ -200,7 +203,7 @@ def _read(name: str, value: object, wanted: Any, metadata: Mapping[str, Any]) ->
         number: float = parse_bytes(value) if isinstance(value, str) else _number(name, value, int)
     elif wanted is bool:
         return _switch(name, value)
-    elif wanted is Path:
+    elif wanted in (Path, Path | None):
         return Path(str(value)).expanduser()
     elif wanted is str:
         choices = metadata.get("choices")

@@ -32,7 +32,17 @@ from tinsmith.wire.paths import TinkerPath
 
 SOURCE = Path(tinsmith.__file__).parent
 
-TENANTS = {"sessions", "runs", "commands", "checkpoints", "sampling_sessions", "trace_chunks"}
+TENANTS = {
+    "sessions",
+    "runs",
+    "commands",
+    "checkpoints",
+    "sampling_sessions",
+    "usage",
+    "storage_spans",
+    "limits",
+    "trace_chunks",
+}
 
 # Statements that take no scope: they change one row by the id that a scoped lookup gave, or they are
 # the server's housekeeping over everybody's rows, whose answers reach no caller.
@@ -45,6 +55,9 @@ UNSCOPED = {
     "checkpoints.folders",
     "samplers.next_clone",
     "traces.keep_newest", "traces.drop_old",
+    # Rows are held within the scope by the table of usage; what they are joined with are their own parents.
+    "ledger.rows", "ledger.sums", "ledger.spans",
+    "ledger.add", "ledger.begin_span", "ledger.end_span", "limits.drop",
 }  # fmt: skip
 
 
@@ -84,6 +97,8 @@ def test_the_api_and_whatever_knows_a_caller_asks_within_the_callers_scope() -> 
         "cli/checkpoints.py": {"_find"},  # the operator, on the server's own disk
         "service/catalog.py": {"_views", "sweep"},
         "service/external.py": {"file"},  # whoever has a signed URL is nobody in particular
+        "service/limits.py": {"_look"},
+        "service/metering.py": {"_accrue", "accrue"},
         "service/run.py": {"_lost"},
         "service/runs.py": {"take_up"},
         "service/samplers.py": {"_release_unnamed"},

@@ -37,6 +37,8 @@ _STATUS: dict[type[errors.ServiceError], int] = {
     errors.Gone: 410,
     errors.Unavailable: 503,
     errors.Unwritable: 400,
+    errors.OverBudget: 402,
+    errors.OverLimit: 429,
 }
 
 
@@ -47,6 +49,17 @@ def json_response(content: object, status: int = 200) -> Response:
 
 def error_response(detail: str, status: int) -> Response:
     return json_response({"detail": detail}, status)
+
+
+def service_error_response(error: errors.ServiceError) -> Response:
+    status = _STATUS[type(error)]
+    if not isinstance(error, errors.Limited):
+        return error_response(error.detail, status)
+    answer = json_response({"detail": error.detail, **error.reached.fields()}, status)
+    if status == 429:
+        answer.headers["Retry-After"] = str(error.retry_after)
+        answer.headers["X-Tinker-Sampling-Backpressure"] = "1"
+    return answer
 
 
 @dataclass(slots=True)
@@ -119,12 +132,15 @@ Endpoint = Callable[[Call], Awaitable[Response]]
 SignedEndpoint = Callable[[Request, Service], Awaitable[Response]]
 
 
-def route(path: str, endpoint: Endpoint, *, method: str = "POST") -> Route:
-    """A route for callers with a key, once the server has started."""
+def route(path: str, endpoint: Endpoint, *, method: str = "POST", counted: bool = True) -> Route:
+    """A route for callers with a key, once the server has started. A `counted` one counts towards the
+    requests of a minute, and is refused beyond; training requests and samples are counted elsewhere."""
 
     async def work(request: Request, service: Service) -> Response:
         caller = await authenticate(request)
         service.check_open()
+        if counted:
+            service.context.limits.check_call(caller.who)
         return await endpoint(Call(request, service, caller))
 
     return Route(f"/api/v1/{path}", _guarded(work), methods=[method])
@@ -148,7 +164,7 @@ def _guarded(work: SignedEndpoint) -> Callable[[Request], Awaitable[Response]]:
         try:
             return await work(request, request.app.state.service)
         except errors.ServiceError as error:
-            return error_response(error.detail, _STATUS[type(error)])
+            return service_error_response(error)
         except WireError as error:
             return error_response(str(error), 400)
         except ClientDisconnect:

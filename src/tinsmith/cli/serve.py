@@ -22,6 +22,7 @@ from tinsmith.api import make_app
 from tinsmith.blobs import LocalBlobs
 from tinsmith.engine.commands import EngineClient, EngineConfig
 from tinsmith.service.keys import first_key
+from tinsmith.service.prices import PricesError, PriceTable
 from tinsmith.service.service import Service
 from tinsmith.settings import Settings, SettingsError
 from tinsmith.store import Store
@@ -54,6 +55,10 @@ def serve(settings: Settings, make_engine: MakeEngine) -> int:
     )
     for noisy in ("alembic", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        PriceTable.read(settings.prices)
+    except PricesError as error:
+        raise SettingsError(f"prices: {error}") from None
     settings.data.mkdir(parents=True, exist_ok=True)
     with _locked(settings.data):
         store = Store.open(Store.local_url(settings.data))

@@ -341,6 +341,7 @@ class ModelInfo:
     no_images: str = ""  # why not
     not_trainable: str = ""  # why no run can be made of it here; empty where one can
     not_sampleable: str = ""
+    active_parameters: int = 0  # that a token meets: of experts, those that it goes to
 
 
 @dataclass(frozen=True, slots=True)

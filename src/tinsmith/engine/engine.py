@@ -143,6 +143,7 @@ class Engine:
             max_rank=self.config.max_rank,
             dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[model.dtype],
             parameters=model.parameters,
+            active_parameters=model.active_parameters,
             fingerprint=model.fingerprint,
             exact=not self._inexact[model.name],
             way=model.way,

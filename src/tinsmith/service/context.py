@@ -15,6 +15,9 @@ from tinsmith.settings import Settings
 from tinsmith.store import Connection, Store, WriteFailed
 
 from .errors import NotFound, Refused, Unwritable
+from .limits import Limits
+from .metering import Meter
+from .prices import PriceTable
 from .traces import Traces
 
 log = logging.getLogger("tinsmith.service")
@@ -30,10 +33,19 @@ class Context:
     blobs: LocalBlobs
     engine: EngineClient
     traces: Traces = field(init=False)
+    meter: Meter = field(init=False)
+    limits: Limits = field(init=False)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.traces = Traces(self.store)
+        self.meter = Meter(self.store, PriceTable.read(self.settings.prices), self._active_parameters)
+        self.limits = Limits(self.store, self.meter.spent)
+
+    def _active_parameters(self, name: str) -> int | None:
+        models = self.engine.info.models
+        info = models.get(name) or models.get(name.partition(":")[0])
+        return info.active_parameters if info is not None else None
 
     def model(self, name: str) -> ModelInfo:
         """The served base model called `name`. With a suffix, `NAME:peft:4096`, its context has to hold that

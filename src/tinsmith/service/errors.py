@@ -3,6 +3,12 @@ it becomes the outcome of that request's future."""
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .limits import Reached
+
 
 class ServiceError(Exception):
     """A call that cannot be carried out; `detail` tells its sender what to do about it."""
@@ -34,6 +40,27 @@ class Gone(ServiceError):
 
 class Unavailable(ServiceError):
     """Not now: starting, or shutting down. Trying again helps."""
+
+
+class Limited(ServiceError):
+    """A limit of the caller's organization or project is reached; `reached` says which and how."""
+
+    def __init__(self, reached: Reached) -> None:
+        super().__init__(str(reached))
+        self.reached = reached
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds after which trying again may help."""
+        return max(1, math.ceil(self.reached.resets_in)) if self.reached.resets_in is not None else 1
+
+
+class OverLimit(Limited):
+    """Too much at once, or within a minute."""
+
+
+class OverBudget(Limited):
+    """The month's budget is spent."""
 
 
 class Unwritable(ServiceError):

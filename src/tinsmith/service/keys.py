@@ -15,6 +15,7 @@ from tinsmith.store.scope import Scope
 
 from .access import ORG_RIGHTS, PROJECT_RIGHTS, OrgRight, Right, left_by
 from .errors import Forbidden, Unauthorized
+from .limits import Who
 
 PREFIX = "tml-"
 _REMEMBERED = 5.0  # seconds for which a key that was looked up is taken for valid
@@ -38,6 +39,11 @@ class Caller:
     rights: Mapping[str, frozenset[str]]  # by project
     elsewhere: frozenset[str]  # in projects that are not in `rights`
     org_rights: frozenset[str]
+
+    @property
+    def who(self) -> Who:
+        """Whose call this is, where it belongs to no session."""
+        return Who(self.org_id, self.project_id or "", "", self.user_id, self.key_id)
 
     def may(self, project_id: str, right: Right) -> bool:
         return right in self.rights.get(project_id, self.elsewhere)

@@ -7,10 +7,11 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from tinsmith.store import Connection, commands
+from tinsmith.store import Connection, commands, ledger
 from tinsmith.store.commands import CommandRow, ResultType
+from tinsmith.store.ledger import Entry
 
 from .context import Context
 from .errors import NotFound
@@ -45,20 +46,23 @@ class Recorder:
         outcome: Outcome,
         usage: Mapping[str, int],
         extra: Callable[[Connection], object] | None,
+        used: Sequence[Entry] = (),
     ) -> object:
-        """Log an outcome. One that comes with something that must last (`extra`, in the same
-        transaction, whose answer comes back) is told to nobody before that is on the disk; any other
-        is told at once, since after a crash the command would count as lost, and never as done twice."""
+        """Log an outcome, and enter into the ledger what it `used`. One that comes with something that
+        must last (that, or `extra`, in the same transaction, whose answer comes back) is told to nobody
+        before it is on the disk; any other is told at once, since after a crash the command would count as
+        lost, and never as done twice."""
         ended = {Result: "done", Failure: "failed"}.get(type(outcome), "lost")
         self._context.traces.ended(request.request_id, ended, dict(usage))
-        if extra is None:
+        if extra is None and not used:
             request.resolve(outcome)
         try:
-            return await self._write(request, outcome, usage, extra)
+            return await self._write(request, outcome, usage, extra, used)
         except Exception as error:
             log.error("the outcome of %s could not be logged: %s", request.request_id, error)
             if extra is not None:
                 raise
+            request.resolve(outcome)
             return None  # it stays in memory, where it can still be fetched
 
     async def _write(
@@ -67,6 +71,7 @@ class Recorder:
         outcome: Outcome,
         usage: Mapping[str, int],
         extra: Callable[[Connection], object] | None,
+        used: Sequence[Entry],
     ) -> object:
         result: bytes | None = None
         result_key: str | None = None
@@ -86,7 +91,7 @@ class Recorder:
 
         def write(connection: Connection) -> object:
             answer = extra(connection) if extra is not None else None
-            commands.finish(
+            first = commands.finish(
                 connection,
                 request.request_id,
                 now=time.time(),
@@ -97,9 +102,12 @@ class Recorder:
                 error=error,
                 category=category,
             )
+            if first:
+                ledger.add(connection, used)
             return answer
 
         answer = await self._context.store.write(write)
+        self._context.meter.entered(used)
         request.resolve(outcome)
         self._requests.pop(request.request_id, None)
         return answer

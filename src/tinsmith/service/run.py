@@ -33,6 +33,7 @@ from . import shelf
 from .context import Context
 from .errors import Refusal
 from .futures import Failure, Pending, PendingRequest, Result
+from .limits import Reached, Who
 from .recorder import Recorder
 from .steps import CREATES, Saves, Step, StepMaker
 
@@ -40,6 +41,7 @@ log = logging.getLogger("tinsmith.service.run")
 
 Phase = Literal["fresh", "live", "away", "lost", "failed", "closed"]
 
+_LOOK = 30.0  # seconds after which a command that waits for a limit looks again, if nothing changed before
 _WINDOW = 16  # commands of a run that the engine has at once: what a stop has to wait for
 
 
@@ -55,6 +57,7 @@ class Entry:
     body_key: str | None
     arrived_at: float
     refused: bool = False
+    key_id: str = ""
 
 
 class Run:
@@ -69,7 +72,7 @@ class Run:
         self._context = context
         self._recorder = recorder
         self._steps = StepMaker(context, row, Saves(), published)
-        self.phase: Phase = _phase_of(row)
+        self._phase: Phase = _phase_of(row)
         self._snapshot = row.snapshot
         self.next_seq = 0 if self.phase == "fresh" else (row.snapshot_seq or 0) + 1
         self._waiting: dict[int, Entry] = {}
@@ -81,11 +84,23 @@ class Run:
         # Held while a command is handed over, and while the whole state moves in or out.
         self._moving = asyncio.Lock()
         self._held = False
+        self._closing = False
+        self._paused: Reached | None = None  # the limit that the next command waits for
         self._last_arrival = 0.0
         self._gap_timer: asyncio.TimerHandle | None = None
         self._why_failed = ""
         self._deaths = 0
         self._lost_message: str | None = None
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._phase = phase
+        if phase != "live":
+            self._context.limits.leave(self.row.id)
 
     # Arrival and order
 
@@ -102,6 +117,8 @@ class Run:
                 )
                 self._context.spawn(self._fail(entry, message))
         else:
+            if entry.body_key is not None and len(self._waiting) >= _WINDOW:
+                entry.body = None  # it may wait for long, and lies in the blob store
             self._waiting[entry.seq_id] = entry
             self._go_on()
 
@@ -114,6 +131,9 @@ class Run:
     async def _hand_over_all(self) -> None:
         while self.next_seq in self._waiting:
             await self._window.acquire()
+            if not await self._room():
+                self._window.release()
+                break
             async with self._moving:
                 if self._held or self.next_seq not in self._waiting:
                     self._window.release()
@@ -125,6 +145,31 @@ class Run:
                 else:
                     await self._hand_over(entry)
         self._watch_for_gap()
+
+    async def _room(self) -> bool:
+        """Wait until the next command is within all limits. False if it shall not go on any more."""
+        limits = self._context.limits
+        try:
+            while not (self._held or self._closing):
+                entry = self._waiting.get(self.next_seq)
+                if entry is None or entry.refused:
+                    return True
+                tokens = entry.kind in ("forward", "forward_backward")
+                self._paused = limits.pass_training(self.who(entry.key_id), self.row.id, tokens=tokens)
+                if self._paused is None:
+                    return True
+                await limits.change(min(self._paused.resets_in or _LOOK, _LOOK))
+            return False
+        finally:
+            self._paused = None
+
+    def who(self, key_id: str) -> Who:
+        row = self.row
+        return Who(row.org_id, row.project_id, row.session_id, row.user_id, key_id)
+
+    def waits_for(self, seq_id: int) -> bool:
+        """Whether requests have come that stand behind this one, which has not."""
+        return self.next_seq <= seq_id < max(self._waiting, default=0)
 
     def _watch_for_gap(self) -> None:
         if self._gap_timer is not None:
@@ -156,6 +201,8 @@ class Run:
         """Why a request of this run is not done yet."""
         if not self._context.engine.ready:
             return Pending("paused_capacity", "the engine is starting")
+        if self._paused is not None:
+            return Pending("paused_rate_limit", str(self._paused))
         if self._waiting and self.next_seq not in self._waiting:
             return Pending("active", f"waiting for the request with seq_id {self.next_seq}")
         return Pending()
@@ -178,11 +225,14 @@ class Run:
                 raise Refusal(await self._why_not())
         except Refusal as refusal:
             category: Category = "server" if self.phase == "lost" else "user"
+            self._leave_unless_live()
             await self._not_done(entry, step, Failure(str(refusal), category))
         except EngineLost:
+            self._leave_unless_live()
             await self._not_done(entry, None, Failure(_ENGINE_STOPPED, "server"))
         except Exception as error:
             log.exception("run %s: seq_id %d could not be prepared", self.row.id, entry.seq_id)
+            self._leave_unless_live()
             await self._not_done(entry, None, Failure(f"the server failed: {error}", "server"))
         else:
             # From here on there is no wait until the engine has it, so the order is that of the log.
@@ -192,6 +242,11 @@ class Run:
             self._in_flight += 1
             self._landed.clear()
             self._context.spawn(self._complete(entry, step, replies))
+
+    def _leave_unless_live(self) -> None:
+        """Give up the place among the concurrent runs that was taken for a run that is not held after all."""
+        if self.phase != "live":
+            self._context.limits.leave(self.row.id)
 
     async def _complete(self, entry: Entry, step: Step, replies: list[Awaitable[Reply]]) -> None:
         try:
@@ -225,7 +280,10 @@ class Run:
         extra: Callable[[Connection], object] | None = None
         if (commit := step.commit) is not None:
             extra = lambda connection: commit(connection, done)  # noqa: E731
-        committed = await self._recorder.record(entry.request, outcome, done.usage, extra)
+        who = self.who(entry.key_id)
+        used = self._context.meter.entries(who, self.row.base_model, done.usage)
+        self._context.limits.used_tokens(who, sum(done.usage.values()))
+        committed = await self._recorder.record(entry.request, outcome, done.usage, extra, used)
         self._window.release()
         if step.then is not None:
             step.then(committed)
@@ -342,7 +400,10 @@ class Run:
         self._context.spawn(asyncio.to_thread(self._context.blobs.delete, key))
 
     async def close(self) -> None:
-        """The session has finished: what has arrived is carried out, then the memory is freed."""
+        """The session has finished: what has arrived is carried out, unless it waits for a limit; then the
+        memory is freed."""
+        self._closing = True
+        self._context.limits.wake()
         async with self._moving:
             pass
         while self._pump is not None and not self._pump.done():
@@ -361,12 +422,13 @@ class Run:
     def hold(self) -> None:
         """Hand no more over: the server stops. What waits is in the log, and goes on after the start."""
         self._held = True
+        self._context.limits.wake()
         self._watch_for_gap()
 
     @property
     def busy(self) -> bool:
         """Whether something of this run is under way, or could go on at once."""
-        return self._in_flight > 0 or self.next_seq in self._waiting
+        return self._in_flight > 0 or (self.next_seq in self._waiting and self._paused is None)
 
     @property
     def lost(self) -> bool:

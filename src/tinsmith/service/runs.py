@@ -17,7 +17,7 @@ from tinsmith.store.scope import SERVER, Scope
 from tinsmith.wire.requests import Target
 
 from .context import Context
-from .errors import NotFound, Unwritable
+from .errors import NotFound, OverBudget, Unwritable
 from .futures import Failure, Outcome, Pending, PendingRequest
 from .keys import Caller
 from .recorder import INLINE, Recorder
@@ -49,11 +49,11 @@ class Runs:
 
     # Into the log
 
-    async def create(self, row: RunRow, kind: str, body: bytes, refusal: str | None) -> Receipt:
+    async def create(self, row: RunRow, kind: str, body: bytes, refusal: str | None, key_id: str) -> Receipt:
         """A new run, whose command 0 makes it; or the one that is there already."""
         if refusal is not None:
             row = replace(row, state="failed")
-        command = self._command(row, 0, kind, body, refusal)
+        command = self._command(row, 0, kind, body, refusal, key_id=key_id)
 
         def write(connection: Connection) -> bool:
             if not runs.add(connection, row):
@@ -77,14 +77,38 @@ class Runs:
         caller.require(run.row.project_id, "work")
         self._sessions.seen(run.row.session_id)
         self._used[run.row.id] = time.time()
+        if kind in ("forward", "forward_backward") and refusal is None:
+            await self._check_budget(caller, run, target.seq_id)
         # A client that goes away in the middle must not leave a logged command that never arrives.
-        work = self._log(run, target.seq_id, kind, body, encoding, refusal)
+        work = self._log(run, target.seq_id, kind, body, encoding, refusal, caller.key_id)
         return Receipt(await asyncio.shield(self._context.spawn(work)), run.row.id)
 
+    async def _check_budget(self, caller: Caller, run: Run, seq_id: int) -> None:
+        """Raises OverBudget for work that would begin now. What is logged already has its answer, and a
+        call of which other chunks have been taken goes on: its client would wait for it for ever."""
+        try:
+            self._context.limits.check_spend(run.who(caller.key_id))
+        except OverBudget:
+            request_id = f"{run.row.id}:{seq_id}"
+            if run.waits_for(seq_id) or self._recorder.find(request_id) is not None:
+                return
+            logged = await self._context.store.read(
+                lambda connection: commands.by_request(connection, request_id, caller.scope())
+            )
+            if logged is None:
+                raise
+
     async def _log(
-        self, run: Run, seq_id: int, kind: str, body: bytes, encoding: str, refusal: str | None
+        self,
+        run: Run,
+        seq_id: int,
+        kind: str,
+        body: bytes,
+        encoding: str,
+        refusal: str | None,
+        key_id: str,
     ) -> str:
-        command = self._command(run.row, seq_id, kind, body, refusal, encoding)
+        command = self._command(run.row, seq_id, kind, body, refusal, encoding, key_id)
         if self._recorder.find(command.request_id) is not None:
             return command.request_id
         try:
@@ -119,6 +143,7 @@ class Runs:
         body: bytes,
         refusal: str | None,
         encoding: str = "identity",
+        key_id: str | None = None,
     ) -> CommandRow:
         now = time.time()
         return CommandRow(
@@ -135,6 +160,7 @@ class Runs:
             error=refusal,
             category="user" if refusal is not None else None,
             finished_at=now if refusal is not None else None,
+            key_id=key_id,
         )
 
     def _accept(self, run: Run, command: CommandRow, body: bytes | None = None) -> None:
@@ -156,6 +182,7 @@ class Runs:
                 body_key=command.body_key,
                 arrived_at=command.arrived_at,
                 refused=refused,
+                key_id=command.key_id or "",
             )
         )
 

@@ -7,14 +7,18 @@ client submits it again: with a seed of its own it then gets the same tokens.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tinsmith.engine.commands import Cancel, EngineLost, Failed, ModelInfo, SampleParams
 from tinsmith.engine.commands import Sample as EngineSample
+from tinsmith.store import WriteFailed
+from tinsmith.store.ledger import Entry
 from tinsmith.store.samplers import SamplingSessionRow
 from tinsmith.store.scope import Owned, Owner
 from tinsmith.wire.errors import WireError
@@ -26,8 +30,11 @@ from .context import Context
 from .errors import Gone
 from .futures import Failure, Lost, Outcome, Pending, PendingRequest, Result
 from .keys import Caller
+from .limits import Who
 from .samplers import Samplers, quietly
 from .sessions import Sessions
+
+log = logging.getLogger("tinsmith.service.sampling")
 
 _KEPT_BYTES = 256 * 2**20  # results of samples in memory, beyond which the oldest fetched ones go
 _CLONE = 1_000_000_000  # a clone's seq_ids start at a multiple of this
@@ -49,12 +56,15 @@ class Promise:
 class _Sample:
     request: PendingRequest
     owner: Owned
+    who: Who
     session_id: str | None  # of the client, for cancelling what nobody waits for
     sampling_session_id: str | None
     seq_id: int
     num_samples: int
     size: int = 0
     usage: dict[str, int] = field(default_factory=dict)
+    owed: list[Entry] = field(default_factory=list)  # what the ledger does not have yet
+    entering: asyncio.Task[None] | None = None
     ended: int = 0  # the order in which samples ended; 0 while it has not
     ended_at: float = 0.0
     fetched_at: float | None = None
@@ -105,16 +115,20 @@ class Sampling:
                 " the engine or the session that held them; make a new sampling client with"
                 " save_weights_and_get_sampling_client(), or from a checkpoint"
             )
+        if (known := self._samples.get(request_id)) is not None:
+            return _promise(known)
+        who = Who(owner.org_id, owner.project_id, row.session_id, owner.user_id, caller.key_id)
+        self._context.limits.begin_sample(who)
         sample = _Sample(
             PendingRequest(request_id),
             owner,
+            who,
             row.session_id or None,
             row.id or None,
             request.seq_id or 0,
             request.num_samples,
         )
-        if (known := self._samples.setdefault(request_id, sample)) is not sample:
-            return _promise(known)
+        self._samples[request_id] = sample
         if row.session_id:
             self._sessions.seen(row.session_id)
             self._of_session.setdefault(row.session_id, {})[request_id] = sample
@@ -169,9 +183,11 @@ class Sampling:
                 alt_tokens=request.prompt_alt_tokens_k,
                 images=request.images,
                 record=self._record(row) if request.record_stability_info else None,
+                share=self._context.limits.share(sample.who.org_id),
             )
         )
         self._context.traces.started(sample.request.request_id, reply.times.get("started"))
+        self._use(sample, model, reply.usage)
         if isinstance(reply, Failed):
             return Failure(reply.message, reply.category)
         sample.usage = dict(reply.usage)
@@ -181,11 +197,38 @@ class Sampling:
         """Where a session's sequences are kept for training on them."""
         return str(self._context.blobs.path(aside_key(row.session_id)))
 
+    def _use(self, sample: _Sample, model: ModelInfo, usage: Mapping[str, int]) -> None:
+        """Note what a sample has used, or enter it at once where it was told already that it is cancelled."""
+        self._context.limits.used_tokens(sample.who, sum(usage.values()))
+        entries = self._context.meter.entries(sample.who, model.name, usage)
+        self._context.meter.owe(entries)
+        if sample.ended:
+            self._context.spawn(self._enter(entries))
+        else:
+            sample.owed = entries
+
+    async def _settle(self, sample: _Sample) -> None:
+        """See to it that what a sample has used is in the ledger."""
+        if sample.owed:
+            entries, sample.owed = sample.owed, []
+            sample.entering = self._context.spawn(self._enter(entries))
+        if sample.entering is not None:
+            await asyncio.shield(sample.entering)
+
+    async def _enter(self, entries: list[Entry]) -> None:
+        try:
+            await self._context.meter.enter(entries)
+        except WriteFailed as error:
+            log.error("usage could not be entered: %s", error)
+        finally:
+            self._context.meter.owe(entries, -1)
+
     def _end(self, sample: _Sample, outcome: Outcome) -> None:
         if sample.ended:
             return
         ended = {Result: "done", Failure: "failed"}.get(type(outcome), "lost")
         self._context.traces.ended(sample.request.request_id, ended, sample.usage)
+        self._context.limits.end_sample(sample.who)
         sample.request.resolve(outcome)
         self._ended += 1
         sample.ended, sample.ended_at = self._ended, time.monotonic()
@@ -209,6 +252,7 @@ class Sampling:
         if outcome is None:
             ready = self._context.engine.ready
             return Pending() if ready else Pending("paused_capacity", "the engine is starting")
+        await self._settle(sample)
         if sample.fetched_at is None:
             sample.fetched_at = time.monotonic()
         return outcome
@@ -271,6 +315,7 @@ class Sampling:
             old = now - (sample.fetched_at or sample.ended_at) > ttl
             if old or (self._kept_bytes > _KEPT_BYTES and sample.fetched_at is not None):
                 del self._samples[request_id]
+                self._context.spawn(self._settle(sample))
                 self._kept_bytes -= sample.size
                 if sample.session_id is not None:
                     mine = self._of_session.get(sample.session_id, {})

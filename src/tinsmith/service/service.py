@@ -67,6 +67,8 @@ class Service:
         """Start the engine, then go on with what an earlier life of the server left in its log."""
         self._closing = asyncio.get_running_loop().create_future()
         await asyncio.to_thread(self._clean_up)
+        await self.context.limits.start()
+        await self.context.meter.start()
         await self.context.engine.start()
         await self.sessions.take_up()
         await self.runs.take_up()
@@ -78,6 +80,7 @@ class Service:
         self.stopping = True
         if self._janitor is not None:
             self._janitor.cancel()
+        self.context.limits.stop()
         if self.started:
             await self.runs.settle(grace)
             await self.runs.put_all_away(max(grace, _SAVING))
@@ -145,6 +148,7 @@ class Service:
     async def _sweep(self) -> None:
         self.sampling.sweep()
         await self.asides.sweep()
+        await self.context.meter.keep_up()
         await self.catalog.sweep()
         settings = self.context.settings
         await self.context.traces.sweep(settings.trace_ttl, settings.trace_limit)

@@ -45,7 +45,15 @@ async def bring_back(context: Context, row: RunRow, key: str, seq_id: int) -> No
     lora = LoraSpec(**row.lora)  # type: ignore[arg-type]
     path = str(context.blobs.path(key))
     replies = [
-        context.engine.submit(CreateAdapter(row.id, row.base_model, lora, optimizer=row.optimizer)),
+        context.engine.submit(
+            CreateAdapter(
+                row.id,
+                row.base_model,
+                lora,
+                optimizer=row.optimizer,
+                share=context.limits.share(row.org_id),
+            )
+        ),
         context.engine.submit(LoadState(row.id, seq_id, path, optimizer=True, gradients=True)),
     ]
     answers = [await reply for reply in replies]

@@ -25,8 +25,9 @@ from tinsmith.engine.commands import (
     Publish,
     SaveExternal,
     SaveState,
+    Share,
 )
-from tinsmith.store import Connection, checkpoints, runs, samplers
+from tinsmith.store import Connection, checkpoints, ledger, runs, samplers
 from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.runs import RunRow
 from tinsmith.store.samplers import SamplingSessionRow
@@ -37,6 +38,7 @@ from tinsmith.wire.paths import CheckpointKind, TinkerPath
 from .aside import aside_key
 from .context import Context
 from .errors import Refusal
+from .limits import Who
 
 Kind = Literal[
     "create_model", "create_by_load", "load_weights", "forward_backward", "forward",
@@ -104,6 +106,7 @@ class StepMaker:
                 cast(Literal["identity", "zstd"], encoding),
                 aside=str(self.context.blobs.path(aside_key(self.run.session_id))),
                 arrived_at=arrived_at,
+                share=self._share,
             )
             return Step((command,), answer=lambda done: done.payload)
         values = json.loads(body)
@@ -123,18 +126,25 @@ class StepMaker:
             return await self._save_external(seq_id, values)
         raise Refusal(f"this server does not know commands of the kind {kind!r}")
 
+    @property
+    def _share(self) -> Share:
+        return self.context.limits.share(self.run.org_id)
+
+    def _adapter(self, lora: LoraSpec) -> CreateAdapter:
+        run = self.run
+        return CreateAdapter(run.id, run.base_model, lora, optimizer=run.optimizer, share=self._share)
+
     def _create(self, values: dict[str, Any]) -> Step:
         lora = LoraSpec(**values["lora"])
         return Step(
-            (CreateAdapter(self.run.id, self.run.base_model, lora, optimizer=self.run.optimizer),),
+            (self._adapter(lora),),
             answer=lambda _: {"type": "create_model", "model_id": self.run.id},
             commit=lambda connection, _: runs.set_state(connection, self.run.id, "live"),
         )
 
     async def _create_by_load(self, seq_id: int, values: dict[str, Any]) -> Step:
         load = await self._load(seq_id, values)
-        lora = LoraSpec(**values["lora"])
-        create = CreateAdapter(self.run.id, self.run.base_model, lora, optimizer=self.run.optimizer)
+        create = self._adapter(LoraSpec(**values["lora"]))
         load.commands = (create, *load.commands)
         load.commit = lambda connection, _: runs.set_state(connection, self.run.id, "live")
         return load
@@ -235,6 +245,7 @@ class StepMaker:
         )
 
     async def _claim(self, kind: CheckpointKind, name: str, overwrite: bool) -> Callable[[], None]:
+        await self._check_storage()
         release = await self.saves.claim(kind, name)
         try:
             path = TinkerPath(self.run.id, kind, name)
@@ -251,6 +262,17 @@ class StepMaker:
             release()
             raise
         return release
+
+    async def _check_storage(self) -> None:
+        """Raises Refusal where the organization or the project stores as much as it may."""
+        row, now = self.run, time.time()
+        who = Who(row.org_id, row.project_id, row.session_id, row.user_id, "")
+        if not self.context.limits.limits_storage(who):
+            return
+        scope = Scope(row.org_id, row.user_id, None)
+        stored = await self.context.store.read(lambda connection: ledger.stored(connection, scope, now))
+        if (reached := self.context.limits.over_storage(who, stored)) is not None:
+            raise Refusal(f"path: nothing more can be saved: {reached}")
 
     def _checkpoint(
         self, kind: CheckpointKind, seq_id: int, values: dict[str, Any]

@@ -66,7 +66,9 @@ class Training:
         except WireError as error:
             refusal = str(error)
         row = self._run_row(session, request.model_seq_id, model, asdict(lora), family, request.user_metadata)
-        return await self._runs.create(row, "create_model", encode({"lora": asdict(lora)}), refusal)
+        return await self._runs.create(
+            row, "create_model", encode({"lora": asdict(lora)}), refusal, caller.key_id
+        )
 
     async def create_by_load(self, caller: Caller, fields: Fields) -> Receipt:
         """A new run from a checkpoint, whose shape it takes over."""
@@ -95,7 +97,9 @@ class Training:
             refusal = str(error)
             model = model or next(iter(self._context.engine.info.models.values()))
         row = self._run_row(session, request.model_seq_id, model, lora, family, request.user_metadata)
-        return await self._runs.create(row, "create_by_load", encode({**values, "lora": lora}), refusal)
+        return await self._runs.create(
+            row, "create_by_load", encode({**values, "lora": lora}), refusal, caller.key_id
+        )
 
     def _run_row(
         self,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from tinsmith.wire.paths import CheckpointKind, TinkerPath
 
+from . import ledger
 from .scope import Scope
 from .tables import checkpoints
 
@@ -40,8 +42,10 @@ def add(connection: sa.Connection, row: CheckpointRow) -> str | None:
         & (checkpoints.c.kind == row.kind)
         & (checkpoints.c.name == row.name)
     )
-    replaced = connection.scalar(sa.select(checkpoints.c.folder).where(same))
+    now = time.time()
+    replaced = connection.execute(sa.select(checkpoints.c.id, checkpoints.c.folder).where(same)).one_or_none()
     if replaced is not None:
+        ledger.end_span(connection, replaced.id, now)
         connection.execute(checkpoints.delete().where(same))
     connection.execute(
         checkpoints.insert().values(
@@ -59,7 +63,8 @@ def add(connection: sa.Connection, row: CheckpointRow) -> str | None:
             user_metadata=json.dumps(row.user_metadata) if row.user_metadata is not None else None,
         )
     )
-    return None if replaced is None else str(replaced)
+    ledger.begin_span(connection, row.id, row.run_id, row.size_bytes or 0, now)
+    return None if replaced is None else str(replaced.folder)
 
 
 def find(
@@ -118,6 +123,7 @@ def page(
 
 
 def delete(connection: sa.Connection, checkpoint_id: str) -> None:
+    ledger.end_span(connection, checkpoint_id, time.time())
     connection.execute(checkpoints.delete().where(checkpoints.c.id == checkpoint_id))
 
 

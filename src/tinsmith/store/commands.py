@@ -34,6 +34,7 @@ class CommandRow:
     error: str | None = None
     category: str | None = None
     finished_at: float | None = None
+    key_id: str | None = None
 
 
 _COLUMNS = [commands.c[name] for name in CommandRow.__dataclass_fields__]
@@ -67,9 +68,9 @@ def finish(
     usage: Mapping[str, int] | None = None,
     error: str | None = None,
     category: str | None = None,
-) -> None:
-    """Write down what became of a command."""
-    connection.execute(
+) -> bool:
+    """Write down what became of a command. Whether nothing had been written down before."""
+    written = connection.execute(
         commands.update()
         .where(commands.c.request_id == request_id, commands.c.status == "queued")
         .values(
@@ -83,6 +84,7 @@ def finish(
             finished_at=now,
         )
     )
+    return written.rowcount > 0
 
 
 def by_request(connection: sa.Connection, request_id: str, scope: Scope) -> CommandRow | None:

@@ -174,6 +174,7 @@ commands = Table(
     Column("body", LargeBinary),
     Column("body_key", String(256)),
     Column("encoding", String(16), nullable=False),
+    Column("key_id", String(64)),  # whose request it was
     Column("arrived_at", Float, nullable=False),
     Column("status", String(16), nullable=False),  # queued, done, failed
     Column("result", LargeBinary),
@@ -239,4 +240,72 @@ sampling_sessions = Table(
     Column("ephemeral", Boolean, nullable=False),
     Column("clones", BigInteger, nullable=False),
     Index(None, "session_id"),
+)
+
+# What was used, by the hour. `session_id` is empty for what belongs to no session, `rate` (dollars per
+# million tokens or GB-month, as text) for what has no price.
+usage = Table(
+    "usage",
+    metadata,
+    Column("pk", RowId, primary_key=True),
+    Column("hour", BigInteger, nullable=False),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("project_id", String(64), nullable=False),
+    Column("session_id", String(64), nullable=False),
+    Column("user_id", String(64), nullable=False),
+    Column("key_id", String(64), nullable=False),
+    Column("model", String(1024), nullable=False),
+    Column("kind", String(16), nullable=False),  # train, prefill, cached_prefill, sample, checkpoint, storage
+    Column("rate", String(32), nullable=False),
+    Column("quantity", BigInteger, nullable=False),  # tokens, checkpoints, byte-seconds
+    UniqueConstraint(
+        "org_id",
+        "hour",
+        "session_id",
+        "kind",
+        "model",
+        "rate",
+        "key_id",
+        "user_id",
+        "project_id",
+        name="uq_usage",
+    ),
+    Index(None, "hour"),
+)
+
+# The life of every checkpoint, also of those that are gone. An open one ends when the checkpoint expires.
+storage_spans = Table(
+    "storage_spans",
+    metadata,
+    Column("checkpoint_id", String(64), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("project_id", String(64), nullable=False),
+    Column("session_id", String(64), nullable=False),
+    Column("user_id", String(64), nullable=False),
+    Column("key_id", String(64), nullable=False),
+    Column("model", String(1024), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("begin_at", Float, nullable=False),
+    Column("end_at", Float),
+    Index(None, "end_at"),
+)
+
+# How far something that is counted by the clock has come.
+meters = Table(
+    "meters",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", BigInteger, nullable=False),
+)
+
+# What an organization, or with `project_id` one of its projects, may use. An empty organization stands for
+# all that have no value of their own.
+limits = Table(
+    "limits",
+    metadata,
+    Column("org_id", String(64), primary_key=True),
+    Column("project_id", String(64), primary_key=True),
+    Column("name", String(32), primary_key=True),
+    Column("value", String(32), nullable=False),
+    Column("set_at", Float, nullable=False),
 )

@@ -195,6 +195,17 @@ class BaseModel:
         self.generic, self.attention_layers, self.mixers_padding = True, {}, 0
         self._text.set_attn_implementation("eager")
 
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token meets: all but those of experts that it does not go to."""
+        chosen = int(getattr(self.config, "num_experts_per_tok", 0) or 0)
+        idle = 0
+        for module in self.module.modules():
+            if hasattr(module, "tinsmith_name"):  # experts, see _replace
+                own = list(module.parameters(recurse=False))
+                idle += sum(p.numel() // p.shape[0] * (p.shape[0] - chosen) for p in own)
+        return self.parameters - idle
+
     def refuse_images(self, reason: str) -> None:
         """Serve text alone from now on."""
         log.warning("%s takes no images: %s", self.name, reason)

@@ -99,7 +99,7 @@ def describe(
         name=name,
         architecture=type(plan.module).__name__,
         parameters=model.parameters,
-        active_parameters=model.parameters - _idle_parameters(model),
+        active_parameters=model.active_parameters,
         embedding_parameters=0 if tied else embed.weight.numel(),
         quantized=plan.quantized,
         dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
@@ -118,14 +118,3 @@ def describe(
         fits=not why_not,
         why_not=why_not,
     )
-
-
-def _idle_parameters(model: BaseModel) -> int:
-    """Parameters of experts that a token does not go to."""
-    chosen = int(getattr(model.config, "num_experts_per_tok", 0) or 0)
-    idle = 0
-    for module in model.module.modules():
-        if hasattr(module, "tinsmith_name"):  # experts, see base._replace
-            own = list(module.parameters(recurse=False))
-            idle += sum(p.numel() // p.shape[0] * (p.shape[0] - chosen) for p in own)
-    return idle
