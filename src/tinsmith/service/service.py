@@ -9,7 +9,7 @@ import time
 from tinsmith.blobs import LocalBlobs
 from tinsmith.engine.commands import Done, EngineClient, EngineLost, GetStatus
 from tinsmith.settings import Settings
-from tinsmith.store import Connection, Store, checkpoints, commands, runs
+from tinsmith.store import Store, commands, references
 
 from .aside import Asides
 from .catalog import Catalog
@@ -165,12 +165,7 @@ class Service:
         blobs = self.context.blobs
         blobs.sweep_unfinished()
 
-        def known(connection: Connection) -> set[str]:
-            return (
-                commands.blob_keys(connection) | checkpoints.folders(connection) | runs.snapshots(connection)
-            )
-
-        keep = self.context.store.write_now(known)
+        keep = self.context.store.write_now(references.blobs)
         for kind in ("bodies", "results", "checkpoints", "snapshots", "traces"):
             for key in blobs.keys(kind):
                 if key not in keep:

@@ -39,18 +39,38 @@ def read_only(file: Path) -> Iterator[sa.Connection]:
 
 def check_version(file: Path, connection: sa.Connection) -> None:
     """Raises NoDatabase where another version of the tables is in the file."""
-    try:
-        found = connection.scalar(sa.text("select version_num from alembic_version"))
-    except sa.exc.DatabaseError:
-        raise NoDatabase(f"{file} is no database of Tinsmith's") from None
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    wanted = ScriptDirectory.from_config(config).get_current_head()
+    found, wanted = _version(file, connection), _versions().get_current_head()
     if found != wanted:
         raise NoDatabase(
             f"{file} has the tables of another version of Tinsmith ({found}; this one has {wanted}): start"
             " this version's server on it once, or use the version that wrote it"
         )
+
+
+def check_known(file: Path) -> None:
+    """Raises NoDatabase where a server of this version could not bring the tables up to date."""
+    if not file.is_file():
+        raise NoDatabase(f"there is no {file.name}")
+    with contextlib.closing(sqlite3.connect(_uri(file), uri=True)) as connection:
+        try:
+            ((found,),) = connection.execute("select version_num from alembic_version").fetchall()
+        except (sqlite3.DatabaseError, ValueError):
+            raise NoDatabase(f"{file.name} is no database of Tinsmith's") from None
+    if found not in {script.revision for script in _versions().walk_revisions()}:
+        raise NoDatabase(f"{file.name} was written by a newer version of Tinsmith ({found}); use that one")
+
+
+def _version(file: Path, connection: sa.Connection) -> str:
+    try:
+        return str(connection.scalar(sa.text("select version_num from alembic_version")))
+    except sa.exc.DatabaseError:
+        raise NoDatabase(f"{file} is no database of Tinsmith's") from None
+
+
+def _versions() -> ScriptDirectory:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    return ScriptDirectory.from_config(config)
 
 
 def copy(source: Path, target: Path) -> None:
