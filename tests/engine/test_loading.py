@@ -178,6 +178,8 @@ class TestFull:
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", download)
         draw("org/name", torch.float32)
+        with pytest.raises(ModelError, match="1000 are left"):
+            load("org/name", CPU, torch.float32, room=1000)
         assert {file.name for file in here.iterdir()} == {"config.json"}
         found = load("org/name", CPU, torch.float32)
         assert found.folder == here

@@ -43,9 +43,8 @@ class Blueprint:
 
 
 def draw(path: str, dtype: torch.dtype, *, trust_remote_code: bool = False, whole: bool = False) -> Blueprint:
-    """The blueprint of what lies in a folder or under a hub id, of which the weights are fetched only if
-    `whole`. Raises ModelError."""
-    folder = _folder(path, whole, trust_remote_code)
+    """The blueprint of what lies in a folder or under a hub id; for `whole` see `fetch`. Raises ModelError."""
+    folder = fetch(path, whole, trust_remote_code)
     raw = read_json(folder / "config.json")
     try:
         quantized = quantization.recognise(raw)
@@ -72,8 +71,9 @@ def draw(path: str, dtype: torch.dtype, *, trust_remote_code: bool = False, whol
     return Blueprint(folder, raw, config, module.eval(), quantized, remote)
 
 
-def _folder(path: str, whole: bool, trust_remote_code: bool) -> Path:
-    """Where the files lie: the folder itself, or the hub's snapshot of a model's id, which is fetched."""
+def fetch(path: str, whole: bool, trust_remote_code: bool) -> Path:
+    """Where the files lie: the folder itself, or the snapshot of a hub id, of which the config is there then,
+    and if it is to be `whole`, tokenizer and weights. Raises ModelError."""
     local = Path(path)
     if local.is_dir():
         if not (local / "config.json").is_file():

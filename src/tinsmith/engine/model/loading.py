@@ -34,7 +34,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils.logging import disable_progress_bar
 
 from tinsmith.engine.model import quantization
-from tinsmith.engine.model.blueprint import Blueprint, draw, use_own_experts
+from tinsmith.engine.model.blueprint import Blueprint, draw, fetch, use_own_experts
 from tinsmith.engine.model.checkpoint import PIECE, Stored, Weights, open_checkpoint, read_json
 from tinsmith.engine.model.errors import ModelError, short
 from tinsmith.engine.model.vision import attention_of, sees
@@ -67,12 +67,13 @@ def load(
     `room` is how many bytes there are for the weights. Raises ModelError, before anything large is read
     wherever the fault can be seen from config, index and headers.
     """
-    plan = draw(path, dtype, trust_remote_code=trust_remote_code, whole=True)
+    plan = draw(path, dtype, trust_remote_code=trust_remote_code)
     if room is not None and plan.nbytes > room:
         raise ModelError(
             f"{plan.folder}: its weights need {plan.nbytes} bytes in {str(dtype).removeprefix('torch.')}, "
             f"and {max(0, room)} are left for them on {device}. Serve a smaller model or raise --memory"
         )
+    fetch(path, True, trust_remote_code)
     tokenizer = _tokenizer(plan, trust_remote_code)
     weights = quantization.full_weights(open_checkpoint(plan.folder), plan.raw)
     assigned = assign(plan.module, weights)
