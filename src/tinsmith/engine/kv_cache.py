@@ -7,6 +7,7 @@ bitwise what computing it again would give, so taking it from the cache changes 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import OrderedDict
 
 import numpy as np
@@ -18,6 +19,7 @@ from tinsmith.engine.kernels import gpu
 from tinsmith.engine.model.attention import PAGE, round_up
 from tinsmith.engine.model.base import BaseModel
 
+_generations = itertools.count(1)
 NULL = 0  # a page of zeros that stands where a shorter sequence of a batch has none
 
 
@@ -45,6 +47,7 @@ class PagePool:
         self._known: dict[bytes, int] = {}  # content -> page
         self._content: dict[int, tuple[bytes, int]] = {}  # page -> (content, serial of the weights)
         self._idle: OrderedDict[int, None] = OrderedDict()  # known pages without references, oldest first
+        self.generation = 0  # of the tensors, which are others after growing; no two pools have one in common
         whole = model.device.type == "cuda"
         self._grow(self.capacity + 1 if whole else min(self.capacity + 1, 64))
         self._free.remove(NULL)
@@ -52,6 +55,7 @@ class PagePool:
 
     def _grow(self, pages: int) -> None:
         have = len(self._references)
+        self.generation = next(_generations)
         for layer, shape in self.model.attention_layers.items():
             heads, keys, values = shape.kv_heads, shape.key_dim, shape.value_dim
             of_keys, of_values = (heads, PAGE, keys), (heads, PAGE, values)

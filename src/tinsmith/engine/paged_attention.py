@@ -40,14 +40,14 @@ class PagedAttention:
     def __init__(self, pool: PagePool, chunks: Sequence[Chunk], rows: int) -> None:
         device = pool.model.device
         self.pool, self.rows = pool, rows
-        self._chunks: kernel.Chunks | None = None
+        self.chunks: kernel.Chunks | None = None
         self._on_gpu: Any = None
         if pool.on_gpu or pool.by_kernel:
             numbers = [(c.row, c.length, c.position, c.pages) for c in chunks]
             if pool.on_gpu:
                 self._on_gpu = gpu.module("gpu_attention").Pages.of(numbers, rows, device)
             else:
-                self._chunks = kernel.Chunks(numbers)
+                self.chunks = kernel.Chunks(numbers)
             return
         at: list[int] = []
         page: list[int] = []
@@ -96,8 +96,8 @@ class PagedAttention:
         if self._on_gpu is not None:
             attended: Tensor = self._on_gpu.attend(q, k, v, keys, values, scale, window, sinks)
             return attended
-        if self._chunks is not None:
-            return kernel.paged_attention(q, k, v, keys, values, self._chunks, scale, window, sinks)
+        if self.chunks is not None:
+            return kernel.paged_attention(q, k, v, keys, values, self.chunks, scale, window, sinks)
         keys[self._page, :, self._place] = k[:, self._at].transpose(0, 1)
         values[self._page, :, self._place] = v[:, self._at].transpose(0, 1)
         out = q.new_zeros(self.rows, q.shape[0], v.shape[-1])

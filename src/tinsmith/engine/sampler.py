@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tinsmith.engine import program
 from tinsmith.engine.aside import record
 from tinsmith.engine.commands import Done, Failed, Reply, Sample, SampleParams
 from tinsmith.engine.generic import CachePool, SampledApart
@@ -30,6 +31,7 @@ from tinsmith.engine.model.lora import AdapterWeights
 from tinsmith.engine.model.packing import Pass, RecurrentBackend, Segment
 from tinsmith.engine.model.vision import Expanded, Part
 from tinsmith.engine.paged_attention import Chunk, PagedAttention
+from tinsmith.engine.program import Program
 from tinsmith.engine.prompt_scores import PromptScores
 from tinsmith.engine.runs import Answer
 from tinsmith.engine.sampling import StopCheck, choose, scaled, top, uniforms
@@ -119,6 +121,7 @@ class Sampler:
         self.model = model
         self.shares = shares or Shares()
         self.copies = copies
+        self.program: Program | None = None
         self.states: StatePool | CachePool | None = None
         if model.generic:
             self.states = CachePool(model, RUNNING, cache_bytes)
@@ -166,6 +169,7 @@ class Sampler:
         if self.copies:
             self.copies = False
             self.model.pack()
+            self.program = Program.of(self.model)
         self.waiting.append(request.live[0])
 
     @staticmethod
@@ -412,12 +416,16 @@ class Sampler:
             places = places.repeat(3, 1)
             for row, own in of_images:
                 places[:, row : row + own.shape[1]] = own
-        hidden = self.model.hidden(
-            torch.tensor(ids, device=device),
-            places.to(device),
-            Pass(segments, attention, recurrent),
-            self.model.vision.visual(images) if self.model.vision is not None else None,
-        )
+        visual = self.model.vision.visual(images) if self.model.vision is not None else None
+        if self.program is not None and visual is None and not of_images and len(ids) <= program.ROWS:
+            hidden = self.program.run(torch.tensor(ids), places, segments, attention, segments[-1].stop)
+        else:
+            hidden = self.model.hidden(
+                torch.tensor(ids, device=device),
+                places.to(device),
+                Pass(segments, attention, recurrent),
+                visual,
+            )
         ready: list[tuple[_Sequence, int]] = []
         for sequence, row, count in placed:
             if sequence.index == 0 and not sequence.logprobs:

@@ -12,6 +12,9 @@
 #include <omp.h>
 #include <type_traits>
 #include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #if TINSMITH_PAIRS
 
@@ -34,7 +37,7 @@ struct Product {
   int64_t slot;  // in the tables of adapters
 };
 
-struct Factors {  // of one adapter for one product: first = A^T [K/2][rank], second = the scaled B^T [rank/2][n]
+struct Factors {  // of one adapter for one product: pairs [k/2][rank] of A^T, and [rank/2][n] of the scaled B^T
   const u32* first;
   const u32* second;
   int64_t rank;
@@ -69,12 +72,36 @@ inline void block(const u16* x, int64_t ldx, const u32* w, int64_t stride, int64
   }
 }
 
+// The same where there is one vector of columns; the sums of the others are zero.
+template <int R>
+inline void narrow_block(const u16* x, int64_t ldx, const u32* w, int64_t stride, int64_t pairs, __m512 (&sum)[R][N]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int c = 0; c < N; c++) sum[r][c] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < pairs; i++) {
+    const __m512i right = _mm512_loadu_si512(w + i * stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) sum[r][0] = dot(sum[r][0], right, both(x + r * ldx + 2 * i));
+  }
+}
+
+inline const Factors* factors(const Segment& s, int64_t slot) {
+  return s.adapter != nullptr && s.adapter[slot].first != nullptr ? s.adapter + slot : nullptr;
+}
+
 inline __mmask16 lanes_of(int64_t left) { return left >= LANES ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1); }
 
 // y[rows][columns of one tile], adapters included. z: each segment's first product, [row of the pass][rank].
 void tile(const Product& p, int64_t column, int64_t first_row, int64_t rows, const Segment* segments, int64_t count,
           const u16* const* z, const char* next) {
   alignas(64) float sums[ROWS * COLUMNS];
+  const int64_t stride = panel_stride(column, p.n);  // of the adapters
+  for (int64_t s = 0; s < count; s++)  // what they add comes last, and from far away
+    if (const Factors* f = factors(segments[s], p.slot))
+      for (int64_t i = 0; i < f->rank / 2; i++)
+        for (int c = 0; c < N; c++)
+          _mm_prefetch((const char*)(f->second + panel_of(column, f->rank / 2) + i * stride + c * LANES), _MM_HINT_T1);
   const u32* w = p.packed + column * (p.k / 2);
   const int64_t passes = (rows + M - 1) / M;
   for (int64_t k = 0; k < p.k; k += p.depth) {
@@ -112,24 +139,18 @@ void tile(const Product& p, int64_t column, int64_t first_row, int64_t rows, con
     }
   for (int64_t s = 0; s < count; s++) {
     const Segment& own = segments[s];
-    if (own.adapter == nullptr || own.adapter[p.slot].first == nullptr) continue;
-    const Factors& f = own.adapter[p.slot];
-    const int64_t stride = (p.n + LANES - 1) / LANES * LANES;
+    const Factors* found = factors(own, p.slot);
+    if (found == nullptr) continue;
+    const Factors& f = *found;
     const int64_t start = std::max(own.start, first_row), stop = std::min(own.stop, first_row + rows);
-    // The last tile may be wider than the factor: then its second vector is read where the first one is.
-    const bool whole = column + COLUMNS <= stride;
+    const bool wide = column % PANEL + COLUMNS <= stride;
     for (int64_t r = start; r < stop; r += M)
       with_count<M>(std::min<int64_t>(M, stop - r), [&](auto number) {
         constexpr int R = number;
         __m512 sum[R][N];
-        if (whole) block<R>(z[s] + r * f.rank, f.rank, f.second + column, stride, f.rank / 2, sum, nullptr, 0);
-        else
-          for (int i = 0; i < R; i++) {
-            sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-            for (int64_t k = 0; k < f.rank / 2; k++)
-              sum[i][0] = dot(sum[i][0], _mm512_loadu_si512(f.second + k * stride + column),
-                              both(z[s] + (r + i) * f.rank + 2 * k));
-          }
+        const u32* second = f.second + panel_of(column, f.rank / 2);
+        if (wide) block<R>(z[s] + r * f.rank, f.rank, second, stride, f.rank / 2, sum, nullptr, 0);
+        else narrow_block<R>(z[s] + r * f.rank, f.rank, second, stride, f.rank / 2, sum);
 #pragma GCC unroll 8
         for (int i = 0; i < R; i++)
 #pragma GCC unroll 2
@@ -145,18 +166,15 @@ void tile(const Product& p, int64_t column, int64_t first_row, int64_t rows, con
 // z[rows][rank] = x[rows][k] first
 void first_product(const u16* x, int64_t ldx, int64_t k, const Factors& f, int64_t rows, u16* z) {
   for (int64_t column = 0; column < f.rank; column += COLUMNS) {
-    const bool wide = column + COLUMNS <= f.rank;
+    const int64_t stride = panel_stride(column, f.rank);
+    const u32* first = f.first + panel_of(column, k / 2);
+    const bool wide = column % PANEL + COLUMNS <= stride;
     for (int64_t r = 0; r < rows; r += M)
       with_count<M>(std::min<int64_t>(M, rows - r), [&](auto number) {
         constexpr int R = number;
         __m512 sum[R][N];
-        if (wide) block<R>(x + r * ldx, ldx, f.first + column, f.rank, k / 2, sum, nullptr, 0);
-        else
-          for (int i = 0; i < R; i++) {
-            sum[i][0] = _mm512_setzero_ps();
-            for (int64_t j = 0; j < k / 2; j++)
-              sum[i][0] = dot(sum[i][0], _mm512_loadu_si512(f.first + j * f.rank + column), both(x + (r + i) * ldx + 2 * j));
-          }
+        if (wide) block<R>(x + r * ldx, ldx, first, stride, k / 2, sum, nullptr, 0);
+        else narrow_block<R>(x + r * ldx, ldx, first, stride, k / 2, sum);
         for (int i = 0; i < R; i++)
           for (int c = 0; c < (wide ? N : 1); c++)
             _mm256_storeu_si256((__m256i*)(z + (r + i) * f.rank + column + c * LANES),
@@ -166,16 +184,17 @@ void first_product(const u16* x, int64_t ldx, int64_t k, const Factors& f, int64
 }
 
 // All products of one call, by the threads of an enclosing team. Ends in a barrier.
-void products(const Product* list, int64_t count, int64_t rows, const Segment* segments, int64_t segment_count, u16* scratch,
-              int thread, int threads) {
+void products(const Product* list, int64_t count, int64_t rows, const Segment* segments, int64_t segment_count,
+              u16* scratch, int thread, int threads) {
   // Each (product, segment)'s place for its adapter's first product.
   std::vector<u16*> z(count * segment_count, nullptr);
   int64_t at = 0, job = 0;
   for (int64_t p = 0; p < count; p++)
     for (int64_t s = 0; s < segment_count; s++) {
       const Segment& own = segments[s];
-      if (own.adapter == nullptr || own.adapter[list[p].slot].first == nullptr) continue;
-      const Factors& f = own.adapter[list[p].slot];
+      const Factors* found = factors(own, list[p].slot);
+      if (found == nullptr) continue;
+      const Factors& f = *found;
       z[p * segment_count + s] = scratch + at - own.start * f.rank;
       for (int64_t r = own.start; r < own.stop; r += CHAIN_ROWS, job++)
         if (job % threads == thread)
@@ -204,35 +223,64 @@ void products(const Product* list, int64_t count, int64_t rows, const Segment* s
 #pragma omp barrier
 }
 
-int64_t scratch_size(const Product* list, int64_t count, const Segment* segments, int64_t segment_count) {
-  int64_t size = 0;
-  for (int64_t p = 0; p < count; p++)
-    for (int64_t s = 0; s < segment_count; s++)
-      if (segments[s].adapter) size += (segments[s].stop - segments[s].start) * segments[s].adapter[list[p].slot].rank;
-  return size;
+// pairs of rows of x [n][k] as columns of `to` [k/2][stride], for 16 rows or fewer
+void pack_columns(const u32* x, int64_t rows, int64_t pairs, u32* to, int64_t stride) {
+  const __m512i step = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                          _mm512_set1_epi32((int)pairs));
+  const __mmask16 mask = lanes_of(rows);
+  for (int64_t i = 0; i < pairs; i++)
+    _mm512_storeu_si512(to + i * stride, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, step, x + i, 4));
 }
 
 }  // namespace
 
 extern "C" {
 
+// The same as a part of a team of threads, all of which call it. Ends in a barrier.
+void linear_team(const Product* list, int64_t count, int64_t rows, const Segment* segments, int64_t segment_count,
+                 u16* scratch, int thread, int threads) {
+  products(list, count, rows, segments, segment_count, scratch, thread, threads);
+}
+
+// How many numbers `linear_team` wants for scratch.
+int64_t linear_scratch(const Product* list, int64_t count, const Segment* segments, int64_t segment_count) {
+  int64_t size = 0;
+  for (int64_t p = 0; p < count; p++)
+    for (int64_t s = 0; s < segment_count; s++)
+      if (const Factors* f = factors(segments[s], list[p].slot)) size += (segments[s].stop - segments[s].start) * f->rank;
+  return size;
+}
+
 // y = x W^T + b for each of the products, and the adapters of the segments on their rows.
-void linear(const Product* list, int64_t count, int64_t rows, const Segment* segments, int64_t segment_count, int threads) {
-  std::vector<u16> scratch(scratch_size(list, count, segments, segment_count));
+void linear(const Product* list, int64_t count, int64_t rows, const Segment* segments, int64_t segment_count,
+            int threads) {
+  std::vector<u16> scratch(linear_scratch(list, count, segments, segment_count));
 #pragma omp parallel num_threads(threads)
   products(list, count, rows, segments, segment_count, scratch.data(), omp_get_thread_num(), omp_get_num_threads());
 }
 
-// A matrix [n][k] as tiles [tiles][k/2][COLUMNS] of pairs, with zeros where there are no columns.
-void linear_pack(const u32* weight, u32* packed, int64_t n, int64_t k, int threads) {
-  const int64_t tiles = (n + COLUMNS - 1) / COLUMNS, pairs = k / 2;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t t = 0; t < tiles; t++)
-    for (int64_t i = 0; i < pairs; i++)
-      for (int64_t c = 0; c < COLUMNS; c++) {
-        const int64_t row = t * COLUMNS + c;
-        packed[(t * pairs + i) * COLUMNS + c] = row < n ? weight[row * pairs + i] : 0;
-      }
+// Matrices [n][k] of bf16 as pairs in columns, `width` of them together: [n / width][k/2][width], with zeros where
+// there are no rows. The jobs: (matrix, where to, n, k, width), width a multiple of LANES.
+void linear_pack(const int64_t* jobs, int64_t count, int threads) {
+#pragma omp parallel num_threads(threads)
+  for (int64_t j = 0; j < count; j++) {
+    const u32* from = (const u32*)jobs[5 * j];
+    u32* to = (u32*)jobs[5 * j + 1];
+    const int64_t n = jobs[5 * j + 2], pairs = jobs[5 * j + 3] / 2, width = jobs[5 * j + 4];
+    const int64_t padded = (n + width - 1) / width * width;
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < padded; row += LANES)
+      pack_columns(from + row * pairs, n - row, pairs, to + row / width * width * pairs + row % width, width);
+  }
+}
+
+// Ask for large pages below [start, start + size): fewer of them stand between the weights and the caches.
+void linear_advise(char* start, int64_t size) {
+#ifdef __linux__
+  const int64_t page = 4096;
+  char* first = (char*)(((int64_t)start + page - 1) / page * page);
+  if (first + page <= start + size) madvise(first, (start + size - first) / page * page, MADV_HUGEPAGE);
+#endif
 }
 
 }  // extern "C"

@@ -37,7 +37,11 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 def _function(name: str) -> Any:
     function = getattr(library(), name)
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    function.argtypes = {"linear": [p, n, n, p, n, i], "linear_pack": [p, p, n, n, i]}[name]
+    function.argtypes = {
+        "linear": [p, n, n, p, n, i],
+        "linear_pack": [p, n, i],
+        "linear_advise": [p, n],
+    }[name]
     function.restype = None
     return function
 
@@ -53,22 +57,41 @@ class Matrix:
     depth: int
 
 
+def _tiled(n: int, k: int) -> int:
+    """Numbers of a matrix [n, k] as tiles."""
+    return -(-n // _COLUMNS) * _COLUMNS * k
+
+
+def _pack(jobs: Sequence[tuple[Tensor, int, int]]) -> None:
+    """Each matrix [n, k] to an address, that many of its rows together as columns of pairs."""
+    table = np.array([(m.data_ptr(), to, *m.shape, width) for m, to, width in jobs], np.int64)
+    _function("linear_pack")(table.ctypes.data, len(table), torch.get_num_threads())
+
+
+def _empty(numbers: int) -> Tensor:
+    made = torch.empty(numbers, dtype=torch.bfloat16)
+    _function("linear_advise")(made.data_ptr(), made.nbytes)
+    return made
+
+
 def pack(weight: Tensor, bias: Tensor | None, depth: int) -> Matrix:
     """weight: bf16 [n, k], dense, k even."""
     n, k = weight.shape
-    tiles = torch.empty(-(-n // _COLUMNS) * _COLUMNS * k, dtype=torch.bfloat16)
-    _function("linear_pack")(weight.data_ptr(), tiles.data_ptr(), n, k, torch.get_num_threads())
+    tiles = _empty(_tiled(n, k))
+    _pack([(weight, tiles.data_ptr(), _COLUMNS)])
     return Matrix(tiles, bias, n, k, depth)
 
 
 def packed_bytes(weight: Tensor) -> int:
-    return -(-weight.shape[0] // _COLUMNS) * _COLUMNS * weight.shape[1] * weight.element_size()
+    return _tiled(*weight.shape) * weight.element_size()
 
+
+Table = npt.NDArray[np.int64]  # [slots, 3]: where an adapter's packed matrices are, and its rank
 
 Segments = npt.NDArray[np.int64]  # [segments, 3]: first row, last row + 1, address of an adapter's table
 
 
-def segments(spans: Sequence[tuple[int, int, npt.NDArray[np.int64] | None]]) -> Segments:
+def segments(spans: Sequence[tuple[int, int, Table | None]]) -> Segments:
     """Rows [start, stop) that meet one adapter each, whose table (AdapterWeights.table) must outlive this."""
     return np.array([(a, b, 0 if t is None else t.ctypes.data) for a, b, t in spans], np.int64).reshape(-1, 3)
 

@@ -58,16 +58,18 @@ inline void columns(const u16* x, int64_t ldx, const u32* w, int64_t stride, int
 // y[rows][n] = (add ? y : 0) + x[rows][k] * w
 void product(const u16* x, int64_t ldx, const u32* w, int64_t k, int64_t n, u16* y, int64_t ldy, int64_t rows,
              bool add) {
-  const int64_t stride = (n + W - 1) / W * W;
+  const int64_t padded = (n + W - 1) / W * W;
   const __mmask16 last = n % W ? (__mmask16)((1u << (n % W)) - 1) : (__mmask16)0xffff;
-  int64_t c = 0;
-  for (; c + 4 * W < stride + W; c += 4 * W)
-    columns<4, 6>(x, ldx, w + c, stride, k, y + c, ldy, rows, add, c + 4 * W == stride ? last : (__mmask16)0xffff);
-  if (c + 2 * W <= stride) {
-    columns<2, 12>(x, ldx, w + c, stride, k, y + c, ldy, rows, add, c + 2 * W == stride ? last : (__mmask16)0xffff);
-    c += 2 * W;
+  for (int64_t c = 0; c < padded;) {
+    const int64_t left = padded - c, stride = panel_stride(c, n);
+    const u32* from = w + panel_of(c, k / 2);
+    const int64_t taken = left >= 4 * W ? 4 * W : left >= 2 * W ? 2 * W : W;
+    const __mmask16 mask = taken == left ? last : (__mmask16)0xffff;
+    if (taken == 4 * W) columns<4, 6>(x, ldx, from, stride, k, y + c, ldy, rows, add, mask);
+    else if (taken == 2 * W) columns<2, 12>(x, ldx, from, stride, k, y + c, ldy, rows, add, mask);
+    else columns<1, 24>(x, ldx, from, stride, k, y + c, ldy, rows, add, mask);
+    c += taken;
   }
-  if (c < stride) columns<1, 24>(x, ldx, w + c, stride, k, y + c, ldy, rows, add, last);
 }
 
 // One adapter's rows: z = x * first, y += z * second.
@@ -172,12 +174,13 @@ void pack_a(const Pack& p, int64_t c, int64_t wide, int64_t rank, int64_t padded
   for (int64_t r = 0; r < rank; r++) round_row(band + r * BAND, p.a + r * p.in + c, wide, 1.0f);
   const u32* two = (const u32*)band;
   for (int64_t k = 0; k < wide / 2; k++)
-    for (int64_t r = 0; r < padded; r++) p.a_turned[(c / 2 + k) * padded + r] = two[r * (BAND / 2) + k];
+    for (int64_t r = 0; r < padded; r++)
+      p.a_turned[panel_of(r, p.in / 2) + (c / 2 + k) * panel_stride(r, padded)] = two[r * (BAND / 2) + k];
   if (p.a_plain)
     for (int64_t k = 0; k < padded / 2; k++) {
       const u16 *even = band + 2 * k * BAND, *odd = even + BAND;
       for (int64_t i = 0; i < std::min(BAND, stride - c); i++)
-        p.a_plain[k * stride + c + i] = (u32)even[i] | (u32)odd[i] << 16;
+        p.a_plain[panel_of(c, padded / 2) + k * panel_stride(c, p.in) + i] = (u32)even[i] | (u32)odd[i] << 16;
     }
 }
 
@@ -189,11 +192,12 @@ void pack_b(const Pack& p, int64_t c, int64_t wide, int64_t rank, int64_t padded
   const u32* two = (const u32*)band;
   for (int64_t k = 0; k < padded / 2; k++)
     for (int64_t i = 0; i < std::min(BAND, stride - c); i++)
-      p.b_turned[k * stride + c + i] = two[i * (padded / 2) + k];
+      p.b_turned[panel_of(c, padded / 2) + k * panel_stride(c, p.out) + i] = two[i * (padded / 2) + k];
   if (p.b_plain)
     for (int64_t k = 0; k < wide / 2; k++) {
       const u16 *even = band + 2 * k * padded, *odd = even + padded;
-      for (int64_t r = 0; r < padded; r++) p.b_plain[(c / 2 + k) * padded + r] = (u32)even[r] | (u32)odd[r] << 16;
+      for (int64_t r = 0; r < padded; r++)
+        p.b_plain[panel_of(r, p.out / 2) + (c / 2 + k) * panel_stride(r, padded)] = (u32)even[r] | (u32)odd[r] << 16;
     }
 }
 

@@ -18,6 +18,7 @@ from tinsmith.engine.kernels import gpu
 from tinsmith.engine.kernels.library import library
 
 _COLUMNS = 16  # of a vector register in lora.cpp: what a packed matrix is padded to
+_PANEL = 64  # of its columns that stand together
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 @dataclass(frozen=True, slots=True)
 class Packed:
     """Where an adapter's two matrices lie as the kernel reads them, "pairs" of lora.cpp, each bf16
-    [K/2, N, 2], N padded to a register's width: addresses in memory that `owner` holds.
+    [K/2, N, 2] in panels, N padded to a register's width: addresses in memory that `owner` holds.
 
     Forward: `first` is A^T (K = in, N = rank), `second` the scaled B^T (K = rank, N = out). Backward: `first`
     is the scaled B (K = out, N = rank), `second` A (K = rank, N = in).
@@ -100,10 +101,20 @@ class Packs:
         """A [padded rank, in] and the scaled B [out, padded rank], as they were packed."""
         inner, outer = self.shapes[name]
         first, second, *_ = self.offsets[name]
-        wide = -(-outer // _COLUMNS) * _COLUMNS
-        a = self._forward[first : first + inner * self.padded].view(-1, self.padded, 2)
-        b = self._forward[second : second + wide * self.padded].view(-1, wide, 2)
-        return a.transpose(0, 1).flatten(1).contiguous(), b.transpose(0, 1).flatten(1)[:outer].contiguous()
+        return (
+            _unpacked(self._forward[first:], self.padded, inner),
+            _unpacked(self._forward[second:], outer, self.padded),
+        )
+
+
+def _unpacked(numbers: Tensor, n: int, k: int) -> Tensor:
+    """The matrix [n, k] whose transpose was packed, panel after panel."""
+    padded, panels, at = -(-n // _COLUMNS) * _COLUMNS, [], 0
+    for column in range(0, padded, _PANEL):
+        width = min(_PANEL, padded - column)
+        panels.append(numbers[at : at + width * k].view(-1, width, 2).transpose(0, 1).flatten(1))
+        at += width * k
+    return torch.cat(panels)[:n].contiguous()
 
 
 def packable(inner: int, outer: int) -> bool:

@@ -231,7 +231,7 @@ class BaseModel:
         """
         extra: dict[str, Any] = {}
         with running(this):
-            embedded = self._embed(token_ids.unsqueeze(0))
+            embedded = self.embed(token_ids)
             if visual is not None:
                 embedded = embedded.index_copy(1, visual.rows, visual.features.embeddings.unsqueeze(0))
                 if visual.features.deep:
@@ -242,16 +242,25 @@ class BaseModel:
                     }
             if torch.is_grad_enabled():
                 this.anchor = torch.zeros((), requires_grad=True)
-            if self.vision is not None:  # text beside an image must get its rotation in the same way
-                positions = positions.expand(3, -1).contiguous()
             if self.generic:
                 assert this.recurrent is not None
                 return this.recurrent(GENERIC, self._whole, embedded[0])
-            out = self._body(
-                inputs_embeds=embedded, position_ids=positions.unsqueeze(-2), use_cache=False, **extra
-            )
+            return self.through(embedded, positions, **extra)[0]
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids: int64 [rows] -> [1, rows, hidden]."""
+        embedded: Tensor = self._embed(token_ids.unsqueeze(0))
+        return embedded
+
+    def through(self, embedded: Tensor, positions: Tensor, **extra: Any) -> Tensor:
+        """Embedded tokens [1, rows, hidden] through the body, inside a pass -> final hidden states, alike."""
+        if self.vision is not None:  # text beside an image must get its rotation in the same way
+            positions = positions.expand(3, -1).contiguous()
+        out = self._body(
+            inputs_embeds=embedded, position_ids=positions.unsqueeze(-2), use_cache=False, **extra
+        )
         hidden: Tensor = out.last_hidden_state
-        return hidden[0]
+        return hidden
 
     def _whole(self, embedded: Tensor, cache: Any) -> Tensor:
         """A batch of sequences [B, L, hidden] through the whole body, behind what is in `cache`."""
@@ -325,6 +334,16 @@ class BaseModel:
         """What `pack` would take, beside the weights themselves."""
         return sum(linear.packed_bytes(m.weight) for m in self._packable())
 
+    @property
+    def packed(self) -> bool:
+        """Whether that has been done for all of them."""
+        found = self._packable()
+        return bool(found) and all(m.packed is not None for m in found)
+
+    def linears(self) -> list[LoraLinear]:
+        """The layers that can have adapters."""
+        return [m for m in self.module.modules() if isinstance(m, LoraLinear)]
+
     def pack(self) -> None:
         """Keep copies of the weights as the CPU kernel for few rows reads them, where it has the bits of the
         product that training takes."""
@@ -339,7 +358,7 @@ class BaseModel:
     def _packable(self) -> list[LoraLinear]:
         if not linear.usable(self.device, self.dtype) or not self.mixes_rows:
             return []
-        return [m for m in self.module.modules() if isinstance(m, LoraLinear)]
+        return self.linears()
 
     @property
     def mixes_rows(self) -> bool:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -143,7 +142,7 @@ class AdapterWeights:
         self, a: dict[str, Tensor], b: dict[str, Tensor], packs: kernel.Packs | None, rank: int
     ) -> None:
         self._a, self._b, self._packs, self.rank = a, b, packs, rank
-        self._tables: dict[tuple[str, ...], npt.NDArray[np.int64]] = {}
+        self._tables: dict[tuple[str, ...], linear.Table] = {}
         self.serial = next(AdapterWeights._serials)  # identity that is never used again, unlike id()
 
     @property
@@ -210,7 +209,7 @@ class AdapterWeights:
         if self._packs is not None:
             self._packs.forget_backward()
 
-    def table(self, names: tuple[str, ...]) -> npt.NDArray[np.int64]:
+    def table(self, names: tuple[str, ...]) -> linear.Table:
         """What linear.cpp wants to know of these slots: [names, 3], the addresses of both packed matrices and
         the padded rank; zeros where a slot is not trained. All matrices must suit it (`packable`)."""
         found = self._tables.get(names)

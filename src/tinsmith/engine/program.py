@@ -1,0 +1,332 @@
+"""A sampling step's way through the model without Python between its operations.
+
+What is recorded of the model's own code (recording.py) is laid out here for a number of rows: where every
+value lies, which products go together. The CPU kernel program.cpp carries it out. Whether a program gives the
+bits of the model's own code is tried when it is made; where it does not, or nothing could be recorded, there
+is none, and the model's own code runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinsmith.engine.kernels import linear
+from tinsmith.engine.kernels.library import library
+from tinsmith.engine.kernels.linear import Table
+from tinsmith.engine.kv_cache import PagePool
+from tinsmith.engine.model.attention import PADDING, pad_rows
+from tinsmith.engine.model.base import BaseModel
+from tinsmith.engine.model.packing import Pass, Segment
+from tinsmith.engine.paged_attention import Chunk, PagedAttention
+from tinsmith.engine.recording import (
+    ATTENTION,
+    EMBEDDED,
+    LINEAR,
+    POSITIONS,
+    Call,
+    Layer,
+    Native,
+    NotRepeatable,
+    Place,
+    Recording,
+    View,
+    at_rows,
+    generalize,
+    record,
+)
+
+log = logging.getLogger(__name__)
+
+ROWS = 768  # of a pass up to which a program is taken
+_FIELDS, _PRODUCT = 20, 10  # of an instruction, as in program.cpp, and of a product in linear.cpp
+_KEPT = 16  # numbers of rows that a program is kept laid out for
+_ALIGNED = 64  # bytes
+
+
+@functools.cache
+def _run() -> Any:
+    function = library().program_run  # type: ignore[union-attr]
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p], None
+    return function
+
+
+class _Layout:
+    """A program for one number of rows: where its values lie, and its instructions as numbers."""
+
+    def __init__(self, recording: Recording, rows: int) -> None:
+        steps = _needed([at_rows(step, rows) for step in recording.steps], recording.result)
+        self.steps = _together(steps)
+        self.result: View = at_rows(recording.result, rows)
+        offsets, size = _places(self.steps, self.result)
+        self.arena = torch.empty(size // 2, dtype=torch.bfloat16)
+        self.offsets = offsets
+        linears = sum(isinstance(s, Native) and s.kind == LINEAR for s in self.steps)
+        self.code = np.zeros((len(self.steps), _FIELDS), np.int64)
+        self.products = np.zeros((max(1, linears), _PRODUCT), np.int64)
+        self.parts: list[tuple[int, int] | Call] = []  # instructions [first, last), and calls between them
+        self.given: dict[int, list[tuple[Table, tuple[int, int], int]]] = {}  # operands that are set in a run
+        self.pages: list[tuple[tuple[int, int], Layer]] = []
+        self.pool_pages = -1  # which of a pool's pages the operands are
+        self._fill()
+
+    def _fill(self) -> None:
+        row = product = 0
+        previous: Place | None = None
+        for step in self.steps:
+            if isinstance(step, Call):
+                self.parts.append(step)
+                previous = None
+                continue
+            if not self.parts or isinstance(self.parts[-1], Call):
+                self.parts.append((row, row))
+            if step.kind == LINEAR:
+                x, between, matrix, to, to_between, slot = step.operands
+                fields = (x, between, matrix.k, matrix.n, matrix.depth, matrix.tiles)
+                for i, operand in enumerate((*fields, matrix.bias or 0, to, to_between, slot)):
+                    self._set(self.products, (product, i), operand)
+                if x != previous:
+                    address = self.products.ctypes.data + product * self.products.itemsize * _PRODUCT
+                    self.code[row, :3] = LINEAR, address, 0
+                    row += 1
+                self.code[row - 1, 2] += 1
+                product += 1
+                previous = x
+            else:
+                self.code[row, 0] = step.kind
+                for i, operand in enumerate(step.operands):
+                    self._set(self.code, (row, i + 1), operand)
+                row += 1
+                previous = None
+            self.parts[-1] = (self.parts[-1][0], row)  # type: ignore[index]
+
+    def _set(self, table: Table, index: tuple[int, int], operand: Any) -> None:
+        if isinstance(operand, Place) and operand.value in self.offsets:
+            table[index] = self.arena.data_ptr() + self.offsets[operand.value] + operand.offset
+        elif isinstance(operand, Place):
+            self.given.setdefault(operand.value, []).append((table, index, operand.offset))
+        elif isinstance(operand, Layer):
+            self.pages.append((index, operand))
+        else:
+            table[index] = operand.data_ptr() if isinstance(operand, Tensor) else operand
+
+    def give(self, value: int, x: Tensor) -> None:
+        """Say where a value is that lies outside of the arena."""
+        for table, index, offset in self.given.get(value, ()):
+            table[index] = x.data_ptr() + offset
+
+    def set_pages(self, pool: PagePool) -> None:
+        if self.pool_pages != pool.generation:
+            for index, page in self.pages:
+                store = pool.keys if page.keys else pool.values
+                self.code[index] = store[page.layer].data_ptr()
+            self.pool_pages = pool.generation
+
+    def real(self, x: Any, values: dict[int, Tensor]) -> Any:
+        """The tensors that Views stand for."""
+        if isinstance(x, View) and x.value in self.offsets:
+            return self.arena.as_strided(x.size, x.stride, self.offsets[x.value] // 2 + x.offset)
+        if isinstance(x, View):
+            base = values[x.value]
+            if x.offset == 0 and tuple(base.shape) == x.size and base.stride() == x.stride:
+                return base
+            return base.as_strided(x.size, x.stride, x.offset)
+        if isinstance(x, (list, tuple)):
+            return type(x)(self.real(item, values) for item in x)
+        return {k: self.real(v, values) for k, v in x.items()} if isinstance(x, dict) else x
+
+
+def _reads(step: Native | Call) -> set[int]:
+    """The values that a step needs."""
+    found: set[int] = set()
+
+    def look(x: Any) -> None:
+        if isinstance(x, (Place, View)):
+            found.add(x.value)
+        elif isinstance(x, (list, tuple)):
+            for item in x:
+                look(item)
+        elif isinstance(x, dict):
+            look(list(x.values()))
+
+    look(step.operands if isinstance(step, Native) else (step.args, step.kwargs))
+    return found - _writes(step)
+
+
+def _writes(step: Native | Call) -> set[int]:
+    return {step.out} if isinstance(step, Native) else set(step.out)
+
+
+def _needed(steps: Sequence[Native | Call], result: View | None) -> list[Native | Call]:
+    """Without those whose values nobody needs."""
+    assert result is not None
+    wanted, kept = {result.value}, []
+    for step in reversed(steps):
+        if _writes(step) & wanted:
+            wanted |= _reads(step)
+            kept.append(step)
+    return kept[::-1]
+
+
+def _together(steps: Sequence[Native | Call]) -> list[Native | Call]:
+    """With the products of one x one after the other. No value is written twice, so one may go before what
+    does not make its x."""
+    rest, out = list(steps), []
+    while rest:
+        step = rest.pop(0)
+        out.append(step)
+        if isinstance(step, Native) and step.kind == LINEAR:
+            same = [
+                other
+                for other in itertools.takewhile(lambda other: isinstance(other, Native), rest)
+                if other.kind == LINEAR and other.operands[:2] == step.operands[:2]  # type: ignore[union-attr]
+            ]
+            out += same
+            rest = [other for other in rest if not any(other is s for s in same)]
+    return out
+
+
+def _places(steps: Sequence[Native | Call], result: View) -> tuple[dict[int, int], int]:
+    """Where the values that instructions write lie in one piece of memory, in bytes, and its size.
+
+    Memory is used again once nobody needs what is in it, and all threads have come so far: they wait for each
+    other around products, attention and calls alone.
+    """
+    last = {value: i for i, step in enumerate(steps) for value in _reads(step) | _writes(step)}
+    last[result.value] = len(steps)
+    sizes: dict[int, int] = {}
+    offsets: dict[int, int] = {}
+    free: dict[int, list[int]] = {}  # by size
+    leaving: list[int] = []
+    end = 0
+    waits = True
+    for i, step in enumerate(steps):
+        waits_before = waits or not isinstance(step, Native) or step.kind in (LINEAR, ATTENTION)
+        if waits_before:
+            for value in leaving:
+                free.setdefault(sizes[value], []).append(offsets[value])
+            leaving = []
+        if isinstance(step, Native) and step.out not in offsets:
+            sizes[step.out] = size = -(-step.nbytes // _ALIGNED) * _ALIGNED
+            if free.get(size):
+                offsets[step.out] = free[size].pop()
+            else:
+                offsets[step.out], end = end, end + size
+        leaving += [v for v in (_reads(step) | _writes(step)) if last[v] == i and v in offsets]
+        waits = not isinstance(step, Native) or step.kind in (LINEAR, ATTENTION)
+    return offsets, end
+
+
+class Program:
+    """hidden states of packed rows, as BaseModel.hidden gives them, for models that all goes well with."""
+
+    def __init__(self, model: BaseModel, recording: Recording, names: tuple[str, ...]) -> None:
+        self.model, self.recording, self.names = model, recording, names
+        self._layouts: dict[int, _Layout] = {}
+
+    @classmethod
+    def of(cls, model: BaseModel) -> Program | None:
+        """A program that has the bits of the model's own code, or None."""
+        if not model.packed:
+            return None
+        names = (*(s.name for s in model.slots), "")
+        slots = {name: i for i, name in enumerate(names)}
+        counts = [n * PADDING.rows for n in (1, 2, 5)]
+        try:
+            program = cls(model, generalize([record(model, n, slots) for n in counts], counts), names)
+            wrong = program._difference()
+        except NotRepeatable as reason:
+            wrong = str(reason)
+        except Exception as error:
+            log.debug("%s: no program", model.name, exc_info=error)
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
+            log.info("%s is sampled by its own code: %s", model.name, wrong)
+            return None
+        return program
+
+    @torch.no_grad()
+    def _difference(self) -> str:
+        """What differs from the model's own code, where something does: a prompt in chunks, single tokens,
+        sequences together."""
+        model = self.model
+        pools = PagePool(model, _TRIED_BYTES), PagePool(model, _TRIED_BYTES)
+        generator = torch.Generator().manual_seed(0)
+        for step in _TRIED:
+            total = sum(count for _, count, _ in step)
+            padding = (0, pad_rows(total) - total)
+            ids = torch.randint(0, model.vocab_size, (total,), generator=generator)
+            places = torch.cat([torch.arange(at, at + n) for _, n, at in step])
+            ids, places = (torch.nn.functional.pad(x, padding) for x in (ids, places))
+            segments = [Segment(0, total, None)]
+            ours, theirs = (PagedAttention(pool, _chunks(step), len(ids)) for pool in pools)
+            wanted = model.hidden(ids, places, Pass(segments, theirs))
+            found = self.run(ids, places, segments, ours, total)
+            if not torch.equal(wanted[:total], found[:total]):
+                return "a recording of it gives other bits"
+        return ""
+
+    def run(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        segments: Sequence[Segment],
+        attention: PagedAttention,
+        rows: int,
+    ) -> Tensor:
+        """As BaseModel.hidden, for the first `rows` of a padded number of rows; what lies behind them in the
+        result is nothing, and the next run overwrites all of it."""
+        padded = len(token_ids)
+        layout = self._layouts.pop(padded, None) or _Layout(self.recording, padded)
+        self._layouts[padded] = layout  # the newest last
+        if len(self._layouts) > _KEPT:
+            del self._layouts[next(iter(self._layouts))]
+        assert attention.chunks is not None
+        layout.set_pages(attention.pool)
+        where = linear.segments(
+            [(s.start, s.stop, s.weights.table(self.names)) for s in segments if s.weights is not None]
+        )
+        chunks = attention.chunks
+        pointers = ctypes.addressof(chunks.numbers), chunks.count, ctypes.addressof(chunks.pages)
+        step = np.array([rows, *pointers, where.ctypes.data, len(where), torch.get_num_threads()], np.int64)
+        values = {EMBEDDED: self.model.embed(token_ids), POSITIONS: positions}
+        for value, x in values.items():
+            layout.give(value, x)
+        for part in layout.parts:
+            if isinstance(part, Call):
+                made = part.function(*layout.real(part.args, values), **layout.real(part.kwargs, values))
+                for value, x in zip(part.out, [made] if isinstance(made, Tensor) else made, strict=True):
+                    values[value] = x
+                    layout.give(value, x)
+            else:
+                first, last = part
+                _run()(layout.code[first:].ctypes.data, last - first, step.ctypes.data)
+        hidden: Tensor = layout.real(layout.result, values)
+        return hidden[0]
+
+
+_TRIED_BYTES = 1 << 62
+# Steps that are tried: (sequence, new tokens, from which position) of each
+_TRIED = (
+    [(0, 40, 0)],
+    [(0, 1, 40)],
+    [(0, 30, 41), (1, 9, 0)],
+    [(0, 1, 71), (1, 1, 9)],
+    [(2, 150, 0), (1, 1, 10)],
+)
+
+
+def _chunks(step: Sequence[tuple[int, int, int]]) -> list[Chunk]:
+    chunks, row = [], 0
+    for owner, count, position in step:
+        chunks.append(Chunk(row, count, position, range(1 + 3 * owner, 4 + 3 * owner)))
+        row += count
+    return chunks
