@@ -86,7 +86,7 @@ def adapter(slots: list[Slot], rank: int, seed: int) -> AdapterWeights:
 def test_adapters_do_what_the_trainers_kernel_does(count: int) -> None:
     """Two parts of one output, adapters of different ranks, rows without one between them."""
     slots = [Slot("a", "attn", 96, 40, 0), Slot("b", "attn", 96, 98, 0)]
-    one, other = adapter(slots, 8, 1), adapter([slots[1]], 40, 2)
+    one, other = adapter(slots, 8, 1), adapter([slots[1]], 72, 2)
     weight, x = random(138, 96), random(90, 96, seed=4)
     matrices = [kernel.pack(weight[:40], None, 96), kernel.pack(weight[40:], None, 96)]
     spans = [(0, 3, one), (3, 40, other), (71, 90, one)]
