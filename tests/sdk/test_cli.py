@@ -31,6 +31,7 @@ class Program:
 
     server: Server
     pool: ThreadPoolExecutor
+    key: str = KEY
 
     @property
     def rest(self) -> tinker.RestClient:
@@ -41,11 +42,11 @@ class Program:
         listed = self.rest.list_checkpoints(path.split("/")[2]).result().checkpoints
         return next(each for each in listed if each.tinker_path == path)
 
-    def start(self, *words: str, key: str = KEY) -> Future[subprocess.CompletedProcess[str]]:
+    def start(self, *words: str, key: str | None = None) -> Future[subprocess.CompletedProcess[str]]:
         environment = {
             **os.environ,
             "TINKER_BASE_URL": self.server.url,
-            "TINKER_API_KEY": key,
+            "TINKER_API_KEY": key or self.key,
             "COLUMNS": "250",
             "HF_HUB_OFFLINE": "1",
         }
@@ -61,7 +62,7 @@ class Program:
         table, as_json = self.start(*words), self.start("--format", "json", *words)
         return Told(_out(table.result()), json.loads(_out(as_json.result())))
 
-    def fails(self, *words: str, key: str = KEY) -> str:
+    def fails(self, *words: str, key: str | None = None) -> str:
         done = self.start(*words, key=key).result()
         assert (done.returncode, done.stdout) == (1, "")
         assert "Traceback" not in done.stderr

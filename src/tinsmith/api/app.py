@@ -11,7 +11,7 @@ from starlette.routing import Mount, Route
 from tinsmith.service.errors import Unauthorized
 from tinsmith.service.service import Service
 
-from . import checkpoints, external, futures, sampling, service_info, sessions, training
+from . import billing, checkpoints, external, futures, sampling, service_info, sessions, training
 from .http import authenticate, error_response, route, signed_route
 
 _ROUTES = [
@@ -64,6 +64,9 @@ _ROUTES = [
         external.urls,
         method="GET",
     ),
+    # Billing
+    route("billing/usage/events", billing.usage, method="GET"),
+    route("billing/usage/checkpoints/current", billing.storage, method="GET"),
     signed_route("external_weights/{checkpoint_id}/{file}", external.download, method="GET"),
 ]
 

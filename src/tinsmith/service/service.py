@@ -12,6 +12,7 @@ from tinsmith.settings import Settings
 from tinsmith.store import Store, commands, references
 
 from .aside import Asides
+from .billing import Billing
 from .catalog import Catalog
 from .context import Context
 from .errors import Unavailable
@@ -46,6 +47,7 @@ class Service:
         self.catalog = Catalog(self.context, self.runs, self.samplers)
         signer = Signer(settings.data / "url-signing.key")
         self.external = External(self.context, self.catalog, signer)
+        self.billing = Billing(self.context)
         self.timelines = Timelines(self.context, self.sessions, signer)
         self.started = False
         self.stopping = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -60,6 +61,21 @@ def page(connection: sa.Connection, scope: Scope, limit: int, offset: int) -> li
     """The newest first."""
     query = sessions.select().where(scope.rows(sessions)).order_by(sessions.c.created_at.desc())
     return [_read(row) for row in connection.execute(query.limit(limit).offset(offset))]
+
+
+def metadata_of(
+    connection: sa.Connection, session_ids: Sequence[str], scope: Scope
+) -> dict[str, dict[str, object] | None]:
+    """The user metadata of those of the sessions that are within the scope."""
+    found: dict[str, dict[str, object] | None] = {}
+    for at in range(0, len(session_ids), 500):
+        some = session_ids[at : at + 500]
+        query = sa.select(sessions.c.id, sessions.c.user_metadata).where(
+            scope.rows(sessions), sessions.c.id.in_(some)
+        )
+        for id_, text in connection.execute(query):
+            found[id_] = json.loads(text) if text else None
+    return found
 
 
 def members(connection: sa.Connection, session_id: str, scope: Scope) -> tuple[list[str], list[str]]:
