@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -52,6 +54,13 @@ def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
     return 2 * size**3 / seconds
 
 
+def copy_rate(megabytes: int = 256) -> float:
+    """Bytes per second of a copy, those read and those written together: the memory's limit, as measured."""
+    a = torch.ones(megabytes << 18)
+    b = torch.empty_like(a)
+    return 2 * a.numel() * 4 / median_time(lambda: b.copy_(a), 7)
+
+
 def median_time(work: Callable[[], object], runs: int = 5, warm: int = 1) -> float:
     """Median seconds of `work`."""
     for _ in range(warm):
@@ -89,3 +98,33 @@ def table(rows: list[tuple[str, ...]]) -> str:
     """A Markdown table; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that is to be reached: at least `wanted`, or at most."""
+
+    number: int  # of the list in docs/performance.md
+    name: str
+    wanted: float
+    measured: float
+    most: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.measured <= self.wanted if self.most else self.measured >= self.wanted
+
+    @staticmethod
+    def table(targets: list[Target]) -> str:
+        rows = [("no.", "target", "wanted", "measured", "met")]
+        for t in targets:
+            sign = "at most" if t.most else "at least"
+            met = "yes" if t.met else "NO"
+            rows.append((str(t.number), t.name, f"{sign} {t.wanted:g}", f"{t.measured:.3g}", met))
+        return table(rows)
+
+
+def write(path: Path | None, targets: list[Target]) -> None:
+    """Leave the targets for bench/targets.py, which prints those of all scripts together."""
+    if path is not None:
+        path.write_text(json.dumps([asdict(t) for t in targets]))

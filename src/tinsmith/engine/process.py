@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,18 @@ _LENGTH = struct.Struct("<Q")
 _ENGINE = "tinsmith.engine.engine:Engine"
 _DEATHS, _WINDOW = 5, 60.0  # so many deaths in so many seconds, and it is not started again
 _BACKOFF = 0.25  # seconds before the second start in a row, and twice as many before each further one
+
+
+def allocator(environment: Mapping[str, str]) -> dict[str, str]:
+    """Settings for a process that allocates and frees the same large tensors over and over.
+
+    As it comes, glibc gives their memory back each time and takes it anew, page by page; that is a tenth of a
+    training step. What the user has set in GLIBC_TUNABLES wins; other C libraries ignore it.
+    """
+    names = ("mmap_threshold", "trim_threshold")
+    keep = ":".join(["glibc.malloc.hugetlb=1", *(f"glibc.malloc.{name}={1 << 32}" for name in names)])
+    own = environment.get("GLIBC_TUNABLES")
+    return {"GLIBC_TUNABLES": f"{keep}:{own}" if own else keep}
 
 
 class EngineStartError(Exception):
@@ -147,7 +159,7 @@ class ProcessEngine:
     async def _spawn(self) -> asyncio.StreamReader:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "tinsmith.engine.process", str(theirs.fileno())]
-        environment = dict(os.environ)
+        environment = {**os.environ, **allocator(os.environ)}
         # The child finds the package where this process found it, installed or not.
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         try:
