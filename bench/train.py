@@ -112,10 +112,10 @@ def optimizer_bytes() -> int:
 
 
 def needed_bytes(tokens: int, longest: int) -> dict[str, int]:
-    """What a step must hold at its peak: weights, the adapter's state (weights, two moments, gradient in
-    fp32, both packed copies in bf16), and what the backward pass reads again, in bf16 but for the softmax's two
-    numbers a row: per layer the inputs of both norms, of the linear layers, q, k, v before and after their
-    norms and rotation, attention's output, gate and up."""
+    """What a step must hold at its peak: weights; the adapter's state (weights, two moments, gradient in
+    fp32, both packed copies in bf16); and what the backward pass reads again, in bf16 but for the softmax's
+    two numbers a row: per layer the inputs of both norms, of the linear layers, q, k, v before and after
+    their norms and rotation, attention's output, gate and up."""
     weights = 2 * (sum(i * o for i, o in LINEAR) + 2 * HIDDEN * VOCAB)
     lora = sum(RANK * (i + o) for i, o in [*LINEAR, (HIDDEN, VOCAB)])
     per_layer = 2 * (4 * HIDDEN + 3 * 768 + 256 + 512 + 3 * INNER + 7 * RANK) + 8 * 8

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,18 +32,10 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and device.type == "cpu" and not gpu.takes(device) and available()
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """Where an adapter's two matrices lie as the kernel reads them, "pairs" of lora.cpp, each bf16
-    [K/2, N, 2] in panels, N padded to a register's width: addresses in memory that `owner` holds.
-
-    Forward: `first` is A^T (K = in, N = rank), `second` the scaled B^T (K = rank, N = out). Backward: `first`
-    is the scaled B (K = out, N = rank), `second` A (K = rank, N = in).
-    """
-
-    first: int
-    second: int
-    owner: object
+Packed = tuple[int, int]
+"""Where an adapter's two matrices lie as the kernel reads them: addresses of "pairs" of lora.cpp, each bf16
+[K/2, N, 2] in panels, N padded to a register's width. Forward the first is A^T (K = in, N = rank) and the second the
+scaled B^T (K = rank, N = out); backward the scaled B (K = out, N = rank) and A (K = rank, N = in)."""
 
 
 class Packs:
@@ -74,9 +66,8 @@ class Packs:
         table = np.empty((len(self.shapes), 8), np.int64)
         for row, (name, (inner, outer)) in zip(table, self.shapes.items(), strict=True):
             a, b = sources[name]
-            forward, back = self.forward(name), self.backward(name)
-            ends = (0, 0) if back is None else (back.first, back.second)
-            row[:] = a.data_ptr(), b.data_ptr(), inner, outer, forward.first, forward.second, *ends
+            back = self.backward(name) or (0, 0)
+            row[:] = a.data_ptr(), b.data_ptr(), inner, outer, *self.forward(name), *back
         kernels = library()
         assert kernels is not None
         kernels.lora_pack(
@@ -86,13 +77,13 @@ class Packs:
 
     def forward(self, name: str) -> Packed:
         at, base = self.offsets[name], self._forward.data_ptr()
-        return Packed(base + 2 * at[0], base + 2 * at[1], self._forward)
+        return base + 2 * at[0], base + 2 * at[1]
 
     def backward(self, name: str) -> Packed | None:
         if self._backward is None:
             return None
         at, base = self.offsets[name], self._backward.data_ptr()
-        return Packed(base + 2 * at[2], base + 2 * at[3], self._backward)
+        return base + 2 * at[2], base + 2 * at[3]
 
     def forget_backward(self) -> None:
         self._backward = None
@@ -122,88 +113,78 @@ def packable(inner: int, outer: int) -> bool:
     return inner % 2 == outer % 2 == 0
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """One adapter's rows: z = x first, y += z second, where there is a y. x: [n, K], z: [n, rank], y: [n, N],
-    views of bf16 tensors whose last dimension lies together."""
+class Plan:
+    """Rows that meet adapters: where each adapter's rows stand, where its A x lies in one flat buffer, and
+    the blocks whose gradients are wanted.
 
-    x: Tensor
-    packed: Packed
-    z: Tensor
-    y: Tensor | None
-
-
-def run(chains: Sequence[Chain]) -> None:
-    """All chains; no two of them may write the same elements."""
-    table = np.array(
-        [
-            (
-                c.x.data_ptr(),
-                c.x.stride(0),
-                c.x.shape[0],
-                c.x.shape[1],
-                c.packed.first,
-                c.z.shape[1],
-                c.z.data_ptr(),
-                c.packed.second,
-                *((0, 0, 0) if c.y is None else (c.y.shape[1], c.y.data_ptr(), c.y.stride(0))),
-            )
-            for c in chains
-        ],
-        np.int64,
-    )
-    kernels = library()
-    assert kernels is not None
-    kernels.lora_chains(ctypes.c_void_p(table.ctypes.data), len(chains), torch.get_num_threads())
-
-
-@dataclass(frozen=True, slots=True)
-class Outer:
-    """One block's part of gradients: a += dz^T x, b += scale dy^T z.
-
-    x: [n, in], dz and z: [n, padded rank], dy: [n, out], bf16, n even; a and b are the addresses of
-    [rank, in] and [out, rank], fp32 and dense.
+    spans: (first row, last row + 1, padded rank) of each adapter; blocks: (adapter, first row, last row + 1,
+    rank, scale) of each block, an even number of rows.
     """
 
-    x: Tensor
-    dz: Tensor
-    dy: Tensor
-    z: Tensor
-    a: int
-    b: int
-    rank: int
-    scale: float
+    def __init__(
+        self,
+        spans: Sequence[tuple[int, int, int]],
+        blocks: Sequence[tuple[int, int, int, int, float]] = (),
+    ) -> None:
+        table = np.array(spans, np.int64).reshape(-1, 3)
+        self.first, self.ranks = table[:, 0], table[:, 2]
+        self.rows = table[:, 1] - self.first
+        sizes = self.rows * self.ranks
+        self._at = np.cumsum(sizes) - sizes
+        self.size = int(sizes.sum())
+        owners = np.array([b[0] for b in blocks], np.int64)
+        table = np.array([b[1:4] for b in blocks], np.int64).reshape(-1, 3)
+        self._block_first, self._block_ranks = table[:, 0], table[:, 2]
+        self._block_rows = table[:, 1] - self._block_first
+        self._block_padded = self.ranks[owners]
+        inside = (self._block_first - self.first[owners]) * self._block_padded
+        self._block_at = self._at[owners] + inside
+        self._scales = np.array([b[4] for b in blocks], np.float32)
+
+    def run(self, x: Tensor, packed: Sequence[Packed], y: Tensor | None) -> Tensor:
+        """z = x first, and y += z second where there is a y, for every adapter on its own rows.
+
+        x: [rows, K], y: [rows, N], views of bf16 tensors whose last dimension lies together. Returns z, flat:
+        [rows, padded rank] of each adapter, one after the other.
+        """
+        z = torch.empty(self.size, dtype=x.dtype)
+        table = np.zeros((len(packed), 11), np.int64)
+        table[:, 0] = x.data_ptr() + 2 * x.stride(0) * self.first
+        table[:, 1], table[:, 2], table[:, 3] = x.stride(0), self.rows, x.shape[1]
+        table[:, (4, 7)] = packed
+        table[:, 5], table[:, 6] = self.ranks, z.data_ptr() + 2 * self._at
+        if y is not None:
+            table[:, 8], table[:, 10] = y.shape[1], y.stride(0)
+            table[:, 9] = y.data_ptr() + 2 * y.stride(0) * self.first
+        _call("lora_chains")(table.ctypes.data, len(table), torch.get_num_threads())
+        return z
+
+    def add_gradients(
+        self, x: Tensor, dz: Tensor, dy: Tensor, z: Tensor, to: Sequence[tuple[int, int]]
+    ) -> None:
+        """a += dz^T x, b += scale dy^T z for every block, in their order.
+
+        x: [rows, in], dy: [rows, out]; dz and z as `run` gives them; `to` has the addresses of a [rank, in]
+        and b [out, rank], fp32 and dense, of each block.
+        """
+        table = np.empty((len(to), 11), np.int64)
+        table[:, 0] = x.data_ptr() + 2 * x.stride(0) * self._block_first
+        table[:, 1] = dz.data_ptr() + 2 * self._block_at
+        table[:, 2] = dy.data_ptr() + 2 * dy.stride(0) * self._block_first
+        table[:, 3] = z.data_ptr() + 2 * self._block_at
+        table[:, 4], table[:, 5] = x.stride(0), dy.stride(0)
+        table[:, 6], table[:, 7], table[:, 8] = self._block_rows, self._block_padded, self._block_ranks
+        table[:, (9, 10)] = to
+        _call("lora_gradients")(
+            table.ctypes.data, self._scales.ctypes.data, len(table), x.shape[1], dy.shape[1],
+            torch.get_num_threads(),
+        )  # fmt: skip
 
 
-def add_gradients(blocks: Sequence[Outer]) -> None:
-    """Blocks of one layer, added in their order."""
-    table = np.array(
-        [
-            (
-                g.x.data_ptr(),
-                g.dz.data_ptr(),
-                g.dy.data_ptr(),
-                g.z.data_ptr(),
-                g.x.stride(0),
-                g.dy.stride(0),
-                g.x.shape[0],
-                g.z.shape[1],
-                g.rank,
-                g.a,
-                g.b,
-            )
-            for g in blocks
-        ],
-        np.int64,
-    )
-    scales = np.array([g.scale for g in blocks], np.float32)
-    kernels = library()
-    assert kernels is not None
-    kernels.lora_gradients(
-        ctypes.c_void_p(table.ctypes.data),
-        ctypes.c_void_p(scales.ctypes.data),
-        len(blocks),
-        ctypes.c_int64(blocks[0].x.shape[1]),
-        ctypes.c_int64(blocks[0].dy.shape[1]),
-        torch.get_num_threads(),
-    )
+@functools.cache
+def _call(name: str) -> Any:
+    function = getattr(library(), name)
+    p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    function.argtypes = {"lora_chains": [p, i, i], "lora_gradients": [p, p, i, n, n, i]}[name]
+    function.restype = None
+    return function

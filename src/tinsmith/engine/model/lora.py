@@ -218,7 +218,7 @@ class AdapterWeights:
             for i, name in enumerate(names):
                 packed = self.packed(name, backward=False)
                 if packed is not None:
-                    found[i] = packed.first, packed.second, self.rank
+                    found[i] = *packed, self.rank
             self._tables[names] = found
         return found
 
@@ -258,33 +258,64 @@ class Gradients:
         b.addmm_(dy.float().T, h[:, : self.rank].float(), alpha=self.scale)
 
 
+class _Adapted:
+    """The segments of a pass that have an adapter at some slots, as the kernel wants to know them. Of `rows`
+    rows: a pass may have fewer than its last segment would take."""
+
+    def __init__(self, segments: Sequence[Segment], rows: int) -> None:
+        self.weights = [s.weights for s in segments if s.weights is not None]
+        self.blocks = [b for s in segments for b in s.blocks]
+        self.plan = kernel.Plan(
+            [(s.start, min(s.stop, rows), w.rank) for s, w in zip(segments, self.weights, strict=True)],
+            [
+                (i, b.start, b.stop, b.gradients.rank, b.gradients.scale)
+                for i, s in enumerate(segments)
+                for b in s.blocks
+            ],
+        )
+
+    @classmethod
+    def of(cls, this: Pass, name: str, rows: int) -> _Adapted | None:
+        """Those with an adapter at slot `name`; None where there are none."""
+        who = [i for i, s in enumerate(this.segments) if s.weights is not None and s.weights.has(name)]
+        if not who:
+            return None
+        key = (rows, *who)
+        if key not in this.plans:
+            this.plans[key] = cls([this.segments[i] for i in who], rows)
+        found: _Adapted = this.plans[key]
+        return found
+
+    def packed(self, name: str, *, backward: bool) -> list[kernel.Packed]:
+        found = [w.packed(name, backward=backward) for w in self.weights]
+        return [p for p in found if p is not None]
+
+
+def _by_kernel(x: Tensor, columns: slice) -> bool:
+    """Whether the kernel takes a part of the output: then it does so for every adapter."""
+    return kernel.usable(x.device, x.dtype) and kernel.packable(x.shape[1], columns.stop - columns.start)
+
+
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, segments: Sequence[Segment]
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, this: Pass
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The output, and A x of every segment and part, None where there is no adapter."""
+    """The output, and A x: of every part, where the kernel takes it, else of every part and segment. None
+    where there is no adapter."""
     y = F.linear(x, weight, bias)
     hidden: list[Tensor | None] = []
-    chains: list[kernel.Chain] = []
-    by_kernel = kernel.usable(x.device, x.dtype)
-    for segment in segments:
-        rows = x[segment.start : segment.stop]
-        for name, columns in parts:
-            weights = segment.weights
-            if weights is None or not weights.has(name):
-                hidden.append(None)
-                continue
-            out = y[segment.start : segment.stop, columns]
-            packed = weights.packed(name, backward=False) if by_kernel else None
-            if packed is None:
-                a, b = weights.get(name)  # type: ignore[misc]
-                h = F.linear(rows, a)
-                out += F.linear(h, b)
-            else:
-                h = x.new_empty(len(rows), weights.rank)
-                chains.append(kernel.Chain(rows, packed, h, out))
+    for name, columns in parts:
+        if _by_kernel(x, columns):
+            adapted = _Adapted.of(this, name, len(x))
+            packed = adapted.packed(name, backward=False) if adapted is not None else []
+            hidden.append(None if adapted is None else adapted.plan.run(x, packed, y[:, columns]))
+            continue
+        for segment in this.segments:
+            ab = segment.weights.get(name) if segment.weights is not None else None
+            h = None
+            if ab is not None:
+                h = F.linear(x[segment.start : segment.stop], ab[0])
+                y[segment.start : segment.stop, columns] += F.linear(h, ab[1])
             hidden.append(h)
-    if chains:
-        kernel.run(chains)
     return y, hidden
 
 
@@ -299,7 +330,8 @@ class _LoraLinear(torch.autograd.Function):
         parts: Parts,
         this: Pass,
     ) -> Tensor:
-        y, hidden = _forward(x, weight, bias, parts, this.segments)
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        y, hidden = _forward(x, weight, bias, parts, this)
         ctx.save_for_backward(x, weight, *[h for h in hidden if h is not None])
         ctx.has, ctx.parts, ctx.this = [h is not None for h in hidden], parts, this
         return y
@@ -308,36 +340,24 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, weight, *saved = ctx.saved_tensors
-        rest = iter(saved)
-        hidden = [next(rest) if has else None for has in ctx.has]
+        rest, has = iter(saved), iter(ctx.has)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        by_kernel = kernel.usable(x.device, x.dtype)
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        for part, (name, columns) in enumerate(ctx.parts):
-            chains: list[kernel.Chain] = []
-            outers: list[kernel.Outer] = []
-            for segment, h in zip(ctx.this.segments, hidden[part :: len(ctx.parts)], strict=True):
-                if h is None:
-                    continue
-                rows = slice(segment.start, segment.stop)
-                packed = segment.weights.packed(name, backward=True) if by_kernel else None
-                into = None if dx is None else dx[rows]
-                if packed is None:
-                    _plain_backward(x, dy[rows, columns].contiguous(), into, h, segment, name)
-                    continue
-                dh = torch.empty_like(h)
-                chains.append(kernel.Chain(dy[rows, columns], packed, dh, into))
-                for block in segment.blocks:
-                    inner = slice(block.start - segment.start, block.stop - segment.start)
-                    outer = slice(block.start, block.stop)
-                    own = block.gradients
-                    at_a, at_b = own.addresses(name)
-                    factors = (x[outer], dh[inner], dy[outer, columns], h[inner])
-                    outers.append(kernel.Outer(*factors, at_a, at_b, own.rank, own.scale))
-            if chains:
-                kernel.run(chains)
-            if outers:
-                kernel.add_gradients(outers)
+        for name, columns in ctx.parts:
+            if _by_kernel(x, columns):
+                adapted = _Adapted.of(ctx.this, name, len(x)) if next(has) else None
+                if adapted is not None:
+                    part = dy[:, columns]
+                    dz = adapted.plan.run(part, adapted.packed(name, backward=True), dx)
+                    if adapted.blocks:
+                        to = [b.gradients.addresses(name) for b in adapted.blocks]
+                        adapted.plan.add_gradients(x, dz, part, next(rest), to)
+                continue
+            for segment in ctx.this.segments:
+                if next(has):
+                    rows = slice(segment.start, segment.stop)
+                    into = None if dx is None else dx[rows]
+                    _plain_backward(x, dy[rows, columns].contiguous(), into, next(rest), segment, name)
         return dx, None, None, None, None, None
 
 
@@ -418,7 +438,7 @@ class LoraLinear(nn.Module):
         elif self.packed is not None and len(flat) <= PACKED_ROWS:
             y = linear.run(flat, self.packed.matrices, self.packed.where(this.segments, len(flat)))
         else:
-            y, _ = _forward(flat, self.weight, self.bias, self.parts, this.segments)
+            y, _ = _forward(flat, self.weight, self.bias, self.parts, this)
         if this.places is not None:
             y = y.index_select(0, this.places.of_batch)
         return y.view(*x.shape[:-1], self.out_features)

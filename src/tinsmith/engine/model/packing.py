@@ -100,6 +100,7 @@ class Pass:
     places: Places | None = None
     anchor: Tensor | None = None
     adapters: Any = None  # the segments as the kernels of a GPU want them: see kernels/gpu_lora.py
+    plans: dict[tuple[int, ...], Any] = field(default_factory=dict)  # lora.py's, of some of the segments
 
     def anchor_of(self, slots: Iterable[str]) -> Tensor | None:
         """The anchor, for a layer one of whose slots has an adapter in this pass."""
