@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ import tinker
 import zstandard
 from tinker import types
 
+from tinsmith.cli import main as operate
 from tinsmith.wire import tinsmith_pb2 as pb
 
 MODEL = "tests/tiny"
@@ -130,14 +132,16 @@ class Server:
             database.execute("update checkpoints set expires_at = 1 where expires_at is not null")
             database.commit()
 
+    def operate(self, *arguments: str) -> str:
+        """An operator's command on the data folder, while the server runs. What it prints."""
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            code = operate([*arguments, "--data", str(self.data)])
+        assert code == 0, (arguments, out.getvalue())
+        return out.getvalue().strip()
+
     def new_key(self, name: str, *options: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "tinsmith", "keys", "create", name, "--data", str(self.data), *options],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return done.stdout.strip()
+        return self.operate("keys", "create", name, *options)
 
 
 class Raw:

@@ -77,7 +77,8 @@ def test_who_had_only_organizations_and_keys_gets_users_and_projects(tmp_path: P
     assert store.write_now(lambda c: project_of(c, "s4")) == ("o2", "papers")
     run = store.write_now(lambda c: runs.get(c, "s1:train:0", SERVER))
     assert run is not None
-    assert (run.user_id, run.project_id) == (rows["k1"].user_id, by_org["o1"][0].id)
+    (default,) = [row for row in by_org["o1"] if row.is_default]
+    assert (run.user_id, run.project_id) == (rows["k1"].user_id, default.id)
     store.close()
     with sqlite3.connect(tmp_path / "tinsmith.db") as database:
         counts = [

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from tinsmith.store import Store, checkpoints, commands, keys, projects, runs, sessions, traces
+from tinsmith.store import Store, checkpoints, commands, projects, runs, sessions, traces
 from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.commands import CommandRow
 from tinsmith.store.database import migrate
@@ -24,6 +24,8 @@ from tinsmith.store.sessions import SessionRow
 from tinsmith.store.tables import metadata
 from tinsmith.store.traces import TraceChunk
 from tinsmith.wire.paths import TinkerPath
+
+from .rows import make_key
 
 BIG = 2**62
 
@@ -38,7 +40,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 @pytest.fixture
 def run(store: Store) -> RunRow:
     def write(connection: sa.Connection) -> RunRow:
-        key = keys.add(connection, name="k", org="o", prefix="tml-", hash_="h", admin=True, now=1.0)
+        key = make_key(connection, "o")
         project = projects.find(connection, key.org_id, None)
         assert project is not None
         whose = (key.org_id, project.id, key.user_id)

@@ -11,8 +11,8 @@ from starlette.routing import Mount, Route
 from tinsmith.service.errors import Unauthorized
 from tinsmith.service.service import Service
 
-from . import billing, checkpoints, external, futures, sampling, service_info, sessions, training
-from .http import authenticate, error_response, route, signed_route
+from . import audit, auth, billing, checkpoints, external, futures, sampling, service_info, sessions, training
+from .http import authenticate, error_response, route, service_error, signed_route
 
 _ROUTES = [
     Route("/api/v1/healthz", service_info.healthz, methods=["GET"]),
@@ -21,6 +21,11 @@ _ROUTES = [
     route("get_server_capabilities", service_info.capabilities, method="GET", counted=False),
     route("telemetry", service_info.telemetry, counted=False),
     route("status", service_info.status, method="GET", counted=False),
+    # Identity
+    route("auth/token", auth.token, counted=False),
+    route("auth/apikey/me", auth.own_key, method="GET"),
+    route("auth/apikey/me", auth.revoke_own_key, method="DELETE"),
+    route("audit", audit.entries, method="GET", act="organization audit_read"),
     # Sessions
     route("create_session", sessions.create),
     route("session_heartbeat", sessions.heartbeat, counted=False),
@@ -53,11 +58,30 @@ _ROUTES = [
     route("training_runs", checkpoints.list_runs, method="GET"),
     route("training_runs/{run_id}", checkpoints.get_run, method="GET"),
     route("training_runs/{run_id}/checkpoints", checkpoints.list_of_run, method="GET"),
-    route("training_runs/{run_id}/checkpoints/{checkpoint_id:path}/publish", checkpoints.publish),
+    route(
+        "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/publish",
+        checkpoints.publish,
+        act="checkpoint publish",
+    ),
     # In two parts, so that it is not taken for the deletion of a checkpoint that is called "publish".
-    route("training_runs/{run_id}/checkpoints/{kind}/{name}/publish", checkpoints.unpublish, method="DELETE"),
-    route("training_runs/{run_id}/checkpoints/{checkpoint_id:path}/ttl", checkpoints.set_ttl, method="PUT"),
-    route("training_runs/{run_id}/checkpoints/{checkpoint_id:path}", checkpoints.delete, method="DELETE"),
+    route(
+        "training_runs/{run_id}/checkpoints/{kind}/{name}/publish",
+        checkpoints.unpublish,
+        method="DELETE",
+        act="checkpoint unpublish",
+    ),
+    route(
+        "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/ttl",
+        checkpoints.set_ttl,
+        method="PUT",
+        act="checkpoint ttl_set",
+    ),
+    route(
+        "training_runs/{run_id}/checkpoints/{checkpoint_id:path}",
+        checkpoints.delete,
+        method="DELETE",
+        act="checkpoint delete",
+    ),
     route("checkpoints", checkpoints.list_all, method="GET"),
     route(
         "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/external_weights_urls",
@@ -76,7 +100,7 @@ async def _not_found(request: Request, _error: Exception) -> Response:
     try:
         await authenticate(request)
     except Unauthorized as error:
-        return error_response(error.detail, 401)
+        return service_error(error)
     return error_response(f"this server has no {request.method} {request.url.path}", 404)
 
 

@@ -12,13 +12,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from tinsmith.service import errors
-from tinsmith.service.keys import Caller
+from tinsmith.service.caller import Caller
 from tinsmith.service.service import Service
 from tinsmith.service.traces import request_began
 from tinsmith.wire.compression import decompress
@@ -32,6 +33,7 @@ PROTOBUF = "application/x-protobuf"
 _STATUS: dict[type[errors.ServiceError], int] = {
     errors.Refused: 400,
     errors.Unauthorized: 401,
+    errors.InvalidToken: 401,
     errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.Gone: 410,
@@ -51,15 +53,22 @@ def error_response(detail: str, status: int) -> Response:
     return json_response({"detail": detail}, status)
 
 
-def service_error_response(error: errors.ServiceError) -> Response:
+def service_error(error: errors.ServiceError) -> Response:
     status = _STATUS[type(error)]
-    if not isinstance(error, errors.Limited):
-        return error_response(error.detail, status)
-    answer = json_response({"detail": error.detail, **error.reached.fields()}, status)
-    if status == 429:
-        answer.headers["Retry-After"] = str(error.retry_after)
-        answer.headers["X-Tinker-Sampling-Backpressure"] = "1"
+    if isinstance(error, errors.Limited):
+        answer = json_response({"detail": error.detail, **error.reached.fields()}, status)
+        if status == 429:
+            answer.headers["Retry-After"] = str(error.retry_after)
+            answer.headers["X-Tinker-Sampling-Backpressure"] = "1"
+        return answer
+    answer = error_response(error.detail, status)
+    if isinstance(error, errors.InvalidToken):  # the SDK then exchanges its key anew (RFC 6750)
+        answer.headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
     return answer
+
+
+def time_text(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 @dataclass(slots=True)
@@ -132,16 +141,26 @@ Endpoint = Callable[[Call], Awaitable[Response]]
 SignedEndpoint = Callable[[Request, Service], Awaitable[Response]]
 
 
-def route(path: str, endpoint: Endpoint, *, method: str = "POST", counted: bool = True) -> Route:
+def route(
+    path: str, endpoint: Endpoint, *, method: str = "POST", counted: bool = True, act: str | None = None
+) -> Route:
     """A route for callers with a key, once the server has started. A `counted` one counts towards the
-    requests of a minute, and is refused beyond; training requests and samples are counted elsewhere."""
+    requests of a minute, and is refused beyond; training requests and samples are counted elsewhere.
+    `act` is what it does in the words of the audit log ("checkpoint delete"), which tells of those who
+    were refused it."""
 
     async def work(request: Request, service: Service) -> Response:
         caller = await authenticate(request)
         service.check_open()
         if counted:
             service.context.limits.check_call(caller.who)
-        return await endpoint(Call(request, service, caller))
+        try:
+            return await endpoint(Call(request, service, caller))
+        except errors.Forbidden as error:
+            if act is not None:
+                resource, _, what = act.partition(" ")
+                await service.audit.denied(caller, resource, what, error.detail, request.path_params)
+            raise
 
     return Route(f"/api/v1/{path}", _guarded(work), methods=[method])
 
@@ -164,7 +183,7 @@ def _guarded(work: SignedEndpoint) -> Callable[[Request], Awaitable[Response]]:
         try:
             return await work(request, request.app.state.service)
         except errors.ServiceError as error:
-            return service_error_response(error)
+            return service_error(error)
         except WireError as error:
             return error_response(str(error), 400)
         except ClientDisconnect:
@@ -178,10 +197,11 @@ def _guarded(work: SignedEndpoint) -> Callable[[Request], Awaitable[Response]]:
 
 async def authenticate(request: Request) -> Caller:
     service: Service = request.app.state.service
-    return await service.keys.authenticate(_key_of(request))
+    return await service.keys.authenticate(credential_of(request))
 
 
-def _key_of(request: Request) -> str | None:
+def credential_of(request: Request) -> str | None:
+    """The key or the token that a request came with."""
     key = request.headers.get("x-api-key")
     if key is None:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")

@@ -12,7 +12,8 @@ from .http import Call, error_response, json_response
 
 # Every flag that some version of the SDK knows. What this server does not do is off.
 CLIENT_CONFIG: dict[str, object] = {
-    "pjwt_auth_enabled": False,
+    # Keys are exchanged for short-lived tokens, by which the SDK also knows who it is.
+    "pjwt_auth_enabled": True,
     "credential_default_source": "api_key",
     "sample_dispatch_bytes_semaphore_size": 10 * 2**20,
     "inflight_response_bytes_semaphore_size": 50 * 2**20,

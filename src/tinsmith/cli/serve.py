@@ -21,7 +21,7 @@ from tinsmith import __version__
 from tinsmith.api import make_app
 from tinsmith.blobs import LocalBlobs
 from tinsmith.engine.commands import EngineClient, EngineConfig
-from tinsmith.service.keys import first_key
+from tinsmith.service.key_administration import first_key
 from tinsmith.service.prices import PricesError, PriceTable
 from tinsmith.service.service import Service
 from tinsmith.settings import Settings, SettingsError

@@ -12,9 +12,9 @@ from tinsmith.store import Connection, ledger, people, projects, sessions
 from tinsmith.store.ledger import HOUR, Entry, Span
 from tinsmith.store.scope import Scope
 
+from .caller import Caller
 from .context import Context
 from .errors import NotFound, Refused
-from .keys import Caller
 from .metering import entry_cost
 from .prices import GIGABYTE, MONTH_HOURS, Kind, cost, gigabyte_hours
 

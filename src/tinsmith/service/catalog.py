@@ -13,9 +13,10 @@ from tinsmith.store.runs import RunRow
 from tinsmith.store.scope import SERVER
 from tinsmith.wire.paths import TinkerPath
 
+from .audit import Actor, about_checkpoint, record
+from .caller import Caller
 from .context import Context
 from .errors import NotFound, Refusal
-from .keys import Caller
 from .runs import Runs
 from .samplers import Samplers
 from .steps import Source, find_checkpoint
@@ -95,7 +96,12 @@ class Catalog:
 
     async def delete_checkpoint(self, caller: Caller, path: TinkerPath) -> None:
         row, _ = await self.checkpoint(caller, path, own=True)
-        await self._context.write(lambda connection: checkpoints.delete(connection, row.id))
+
+        def work(connection: Connection) -> None:
+            checkpoints.delete(connection, row.id)
+            _record(connection, caller, "delete", path)
+
+        await self._context.write(work)
         await self._forget(row)
 
     async def publish(self, caller: Caller, path: TinkerPath, public: bool) -> None:
@@ -105,12 +111,22 @@ class Catalog:
         row, _ = await self.checkpoint(caller, path, own=True)
         if public != (row.published_at is not None):
             when = time.time() if public else None
-            await self._context.write(lambda connection: checkpoints.set_published(connection, row.id, when))
+
+            def work(connection: Connection) -> None:
+                checkpoints.set_published(connection, row.id, when)
+                _record(connection, caller, "publish" if public else "unpublish", path)
+
+            await self._context.write(work)
 
     async def set_ttl(self, caller: Caller, path: TinkerPath, ttl_seconds: int | None) -> None:
         row, _ = await self.checkpoint(caller, path, own=True)
         expires = time.time() + ttl_seconds if ttl_seconds is not None else None
-        await self._context.write(lambda connection: checkpoints.set_expiry(connection, row.id, expires))
+
+        def work(connection: Connection) -> None:
+            checkpoints.set_expiry(connection, row.id, expires)
+            _record(connection, caller, "ttl_set", path, {"ttl_seconds": ttl_seconds})
+
+        await self._context.write(work)
 
     async def sweep(self) -> None:
         """Delete checkpoints whose time has come."""
@@ -124,3 +140,13 @@ class Catalog:
     async def _forget(self, row: CheckpointRow) -> None:
         self._samplers.forget_checkpoint(row.id)
         await asyncio.to_thread(self._context.blobs.delete, row.folder)
+
+
+def _record(
+    connection: Connection,
+    caller: Caller,
+    act: str,
+    path: TinkerPath,
+    how: dict[str, object] | None = None,
+) -> None:
+    record(connection, Actor.of(caller), caller.org_id, "checkpoint", act, about_checkpoint(path), how)

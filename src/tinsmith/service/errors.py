@@ -26,6 +26,10 @@ class Unauthorized(ServiceError):
     """No valid API key."""
 
 
+class InvalidToken(Unauthorized):
+    """A token that is none, or not any more. The SDK gets itself a new one."""
+
+
 class Forbidden(ServiceError):
     """A valid key, but not one that may do this."""
 

@@ -12,10 +12,11 @@ from tinsmith.store import checkpoints
 from tinsmith.store.scope import SERVER
 from tinsmith.wire.paths import TinkerPath
 
+from .audit import AuditLog
+from .caller import Caller
 from .catalog import Catalog
 from .context import Context
 from .errors import NotFound, Refused
-from .keys import Caller
 from .signing import Signer
 
 URL_LIFE = 3600  # seconds
@@ -31,7 +32,8 @@ class Signed:
 
 
 class External:
-    def __init__(self, context: Context, catalog: Catalog, signer: Signer) -> None:
+    def __init__(self, context: Context, catalog: Catalog, signer: Signer, audit: AuditLog) -> None:
+        self._audit = audit
         self._context = context
         self._catalog = catalog
         self._signer = signer
@@ -44,6 +46,7 @@ class External:
             )
         row, _ = await self._catalog.checkpoint(caller, path)
         expires = int(min(time.time() + URL_LIFE, row.expires_at or float("inf")))
+        self._audit.was_read(caller, path, "download")
         names = await asyncio.to_thread(self._names, row.folder)
         return Signed({name: self._address(row.id, name, expires) for name in names}, float(expires))
 

@@ -16,10 +16,10 @@ from tinsmith.store.runs import RunRow
 from tinsmith.store.scope import SERVER, Scope
 from tinsmith.wire.requests import Target
 
+from .caller import Caller
 from .context import Context
 from .errors import NotFound, OverBudget, Unwritable
 from .futures import Failure, Outcome, Pending, PendingRequest
-from .keys import Caller
 from .recorder import INLINE, Recorder
 from .run import Entry, Run
 from .sessions import Sessions

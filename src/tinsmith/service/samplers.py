@@ -16,16 +16,18 @@ from tinsmith.store.scope import SERVER
 from tinsmith.wire.paths import TinkerPath
 from tinsmith.wire.requests import CreateSamplingSession
 
+from .audit import AuditLog
+from .caller import Caller
 from .context import Context
 from .errors import NotFound, Refusal, Refused
-from .keys import Caller
 from .sessions import Sessions
 from .steps import Source, find_checkpoint, sampler_of
 
 
 class Samplers:
-    def __init__(self, context: Context, sessions: Sessions) -> None:
+    def __init__(self, context: Context, sessions: Sessions, audit: AuditLog) -> None:
         self._context = context
+        self._audit = audit
         self._sessions = sessions
         self._rows: dict[str, SamplingSessionRow] = {}
         # Samplers that the engine of this life holds, and those that are being opened.
@@ -51,6 +53,8 @@ class Samplers:
         row = await self.resolve(caller, row, request.base_model)
         row = await self._context.write(lambda connection: samplers.add(connection, row))
         self._rows[row.id] = row
+        if row.model_path is not None:
+            self._audit.was_read(caller, TinkerPath.parse(row.model_path), "sampling")
         if row.sampler is not None and not row.ephemeral:
             self.begin_to_open(row)  # so that it is there when the first sample comes
         return row.id

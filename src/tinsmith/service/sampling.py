@@ -26,10 +26,10 @@ from tinsmith.wire.requests import RetrieveFutures
 from tinsmith.wire.sample_request import SampleRequest
 
 from .aside import aside_key
+from .caller import Caller
 from .context import Context
 from .errors import Gone
 from .futures import Failure, Lost, Outcome, Pending, PendingRequest, Result
-from .keys import Caller
 from .limits import Who
 from .samplers import Samplers, quietly
 from .sessions import Sessions

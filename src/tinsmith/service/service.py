@@ -12,13 +12,16 @@ from tinsmith.settings import Settings
 from tinsmith.store import Store, commands, references
 
 from .aside import Asides
+from .audit import AuditLog
 from .billing import Billing
+from .caller import Caller
 from .catalog import Catalog
 from .context import Context
 from .errors import Unavailable
 from .external import External
 from .futures import Outcome, Pending
-from .keys import Caller, KeyRing
+from .identity import Identities
+from .keys import KeyRing
 from .runs import Runs
 from .samplers import Samplers
 from .sampling import Sampling, is_sample
@@ -37,16 +40,17 @@ _SAVING = 30.0  # seconds that a stop gives at least to what the engine has begu
 class Service:
     def __init__(self, settings: Settings, store: Store, blobs: LocalBlobs, engine: EngineClient) -> None:
         self.context = Context(settings, store, blobs, engine)
-        self.keys = KeyRing(store)
+        self.keys = KeyRing(store, Identities.of_folder(settings.data))
+        self.audit = AuditLog(self.context)
         self.sessions = Sessions(self.context)
-        self.samplers = Samplers(self.context, self.sessions)
+        self.samplers = Samplers(self.context, self.sessions, self.audit)
         self.sampling = Sampling(self.context, self.sessions, self.samplers)
         self.runs = Runs(self.context, self.sessions, self.samplers.published)
-        self.training = Training(self.context, self.sessions, self.keys, self.runs)
+        self.training = Training(self.context, self.sessions, self.keys, self.runs, self.audit)
         self.asides = Asides(self.context, self.sessions)
         self.catalog = Catalog(self.context, self.runs, self.samplers)
         signer = Signer(settings.data / "url-signing.key")
-        self.external = External(self.context, self.catalog, signer)
+        self.external = External(self.context, self.catalog, signer, self.audit)
         self.billing = Billing(self.context)
         self.timelines = Timelines(self.context, self.sessions, signer)
         self.started = False

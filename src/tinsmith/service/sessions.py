@@ -18,9 +18,9 @@ from tinsmith.store.sessions import SessionRow
 from tinsmith.wire.requests import CreateSession, FinishSession
 
 from .access import Right
+from .caller import Caller
 from .context import Context
 from .errors import Gone, NotFound
-from .keys import Caller
 
 
 class Sessions:

@@ -17,7 +17,7 @@ class Signer:
     """Signs with HMAC-SHA256, by a secret that the data folder keeps: URLs live on after a restart."""
 
     def __init__(self, file: Path) -> None:
-        self._secret = _read_or_make(file)
+        self._secret = secret_in(file)
 
     def sign(self, what: str, expires: int) -> str:
         """A signature for `what`, an address and what may be done there, until `expires` (since 1970)."""
@@ -34,7 +34,7 @@ class Signer:
             raise Gone("the time of this URL is over; ask for new URLs")
 
 
-def _read_or_make(file: Path) -> bytes:
+def secret_in(file: Path) -> bytes:
     """The secret in `file`, of which there is exactly one however many processes start at once."""
     if not file.exists():
         part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")

@@ -12,9 +12,9 @@ from pathlib import Path
 from tinsmith.store.scope import Scope
 from tinsmith.wire.timeline import encode_timeline
 
+from .caller import Caller
 from .context import Context
 from .errors import NotFound
-from .keys import Caller
 from .sessions import Sessions
 from .signing import Signer
 

@@ -25,9 +25,11 @@ from tinsmith.wire.requests import (
     Target,
 )
 
+from .audit import AuditLog
+from .caller import Caller
 from .context import Context
 from .errors import Refusal, Unauthorized
-from .keys import Caller, KeyRing
+from .keys import KeyRing
 from .run import encode
 from .runs import Receipt, Runs
 from .sessions import Sessions
@@ -37,10 +39,13 @@ _ALPHA = 32.0
 
 
 class Training:
-    def __init__(self, context: Context, sessions: Sessions, keyring: KeyRing, runs: Runs) -> None:
+    def __init__(
+        self, context: Context, sessions: Sessions, keyring: KeyRing, runs: Runs, audit: AuditLog
+    ) -> None:
         self._context = context
         self._sessions = sessions
         self._keyring = keyring
+        self._audit = audit
         self._runs = runs
 
     # Creating runs
@@ -205,7 +210,7 @@ class Training:
                 reader = await self._keyring.authenticate(request.weights_access_token)
             except Unauthorized:
                 raise WireError("weights_access_token", "is no valid API key of this server") from None
-        TinkerPath.parse(request.path)
+        self._audit.was_read(caller, TinkerPath.parse(request.path), "training")
         return {"path": request.path, "optimizer": request.optimizer, "reader": reader.scope().to_json()}
 
     async def _submit_values(

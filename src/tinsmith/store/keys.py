@@ -9,7 +9,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from . import people
 from .people import Role
 from .tables import api_keys, memberships, organizations, users
 
@@ -23,7 +22,7 @@ class KeyRow:
     user_id: str
     user_name: str
     user_email: str | None
-    role: Role
+    role: Role | None  # None: its user is no member any more
     name: str
     prefix: str
     scopes: frozenset[str] | None
@@ -33,6 +32,7 @@ class KeyRow:
     last_used_at: float | None
     expires_at: float | None
     revoked_at: float | None
+    note: str | None
 
 
 _SELECT = (
@@ -54,12 +54,14 @@ _SELECT = (
         api_keys.c.last_used_at,
         api_keys.c.expires_at,
         api_keys.c.revoked_at,
+        api_keys.c.note,
     )
     .join(organizations, organizations.c.id == api_keys.c.org_id)
     .join(users, users.c.id == api_keys.c.user_id)
     .join(
         memberships,
         (memberships.c.org_id == api_keys.c.org_id) & (memberships.c.user_id == api_keys.c.user_id),
+        isouter=True,
     )
 )
 
@@ -67,24 +69,19 @@ _SELECT = (
 def add(
     connection: sa.Connection,
     *,
+    org_id: str,
+    user_id: str,
     name: str,
-    org: str,
     prefix: str,
     hash_: str,
-    admin: bool,
     now: float,
+    admin: bool = False,
     scopes: frozenset[str] | None = None,
     project_id: str | None = None,
     expires_at: float | None = None,
+    note: str | None = None,
 ) -> KeyRow:
-    """A new key of the user called `name` in the organization called `org`; both are made where there
-    are none yet. An organization's first user looks after it."""
-    org_id = people.org_named(connection, org) or people.add_org(connection, org, now)
-    members = people.members(connection, org_id)
-    user = next((member for member in members if member.name == name), None)
-    if user is None:
-        role: Role = "admin" if admin or not members else "member"
-        user = people.add_user(connection, org_id, name, None, role, now)
+    """A new key of a member of an organization."""
     number = (connection.scalar(sa.select(sa.func.max(api_keys.c.number))) or 0) + 1
     id_ = uuid.uuid4().hex
     connection.execute(
@@ -92,7 +89,7 @@ def add(
             id=id_,
             number=number,
             org_id=org_id,
-            user_id=user.id,
+            user_id=user_id,
             name=name,
             prefix=prefix,
             hash=hash_,
@@ -101,43 +98,48 @@ def add(
             admin=admin,
             created_at=now,
             expires_at=expires_at,
+            note=note,
         )
     )
     return _read(connection.execute(_SELECT.where(api_keys.c.id == id_)).mappings().one())
 
 
-def by_hash(connection: sa.Connection, hash_: str) -> KeyRow | None:
-    row = (
-        connection.execute(
-            _SELECT.where(
-                api_keys.c.hash == hash_,
-                api_keys.c.revoked_at.is_(None),
-                organizations.c.disabled_at.is_(None),
-                users.c.disabled_at.is_(None),
-            )
-        )
-        .mappings()
-        .one_or_none()
-    )
+_USABLE = (
+    api_keys.c.revoked_at.is_(None)
+    & organizations.c.disabled_at.is_(None)
+    & users.c.disabled_at.is_(None)
+    & memberships.c.role.is_not(None)
+)
+
+
+def usable(connection: sa.Connection, *, hash_: str | None = None, id_: str | None = None) -> KeyRow | None:
+    """A key that may be used, unless it has expired, by its hash or its id."""
+    named = api_keys.c.hash == hash_ if hash_ is not None else api_keys.c.id == id_
+    row = connection.execute(_SELECT.where(named, _USABLE)).mappings().one_or_none()
     return _read(row) if row is not None else None
 
 
-def is_known(connection: sa.Connection, hash_: str) -> bool:
-    """Whether there is or was such a key; one that was revoked does not come back."""
-    return connection.scalar(sa.select(api_keys.c.id).where(api_keys.c.hash == hash_)) is not None
+def id_of(connection: sa.Connection, hash_: str) -> str | None:
+    """A key's id, also of one that was revoked: that one does not come back."""
+    found: str | None = connection.scalar(sa.select(api_keys.c.id).where(api_keys.c.hash == hash_))
+    return found
 
 
 def every(connection: sa.Connection) -> list[KeyRow]:
     return [_read(row) for row in connection.execute(_SELECT.order_by(api_keys.c.created_at)).mappings()]
 
 
-def any_usable(connection: sa.Connection) -> bool:
-    found = connection.scalar(sa.select(api_keys.c.id).where(api_keys.c.revoked_at.is_(None)).limit(1))
-    return found is not None
+def any_usable(connection: sa.Connection, now: float) -> bool:
+    alive = api_keys.c.expires_at.is_(None) | (api_keys.c.expires_at > now)
+    return connection.execute(_SELECT.where(_USABLE, alive).limit(1)).first() is not None
 
 
 def revoke(connection: sa.Connection, key_id: str, now: float) -> None:
     connection.execute(api_keys.update().where(api_keys.c.id == key_id).values(revoked_at=now))
+
+
+def set_expiry(connection: sa.Connection, key_id: str, expires_at: float) -> None:
+    connection.execute(api_keys.update().where(api_keys.c.id == key_id).values(expires_at=expires_at))
 
 
 def touch(connection: sa.Connection, used: dict[str, float]) -> None:

@@ -41,6 +41,7 @@ organizations = Table(
     Column("name", String(256), nullable=False, unique=True),
     Column("created_at", Float, nullable=False),
     Column("disabled_at", Float),
+    Column("deleted_at", Float),
 )
 
 # A user is one person or program; memberships say which organizations it belongs to, and as what.
@@ -52,6 +53,7 @@ users = Table(
     Column("email", String(320), unique=True),
     Column("created_at", Float, nullable=False),
     Column("disabled_at", Float),
+    Column("deleted_at", Float),
 )
 
 memberships = Table(
@@ -76,6 +78,7 @@ projects = Table(
     Column("is_default", Boolean, nullable=False),
     # What every member of the organization may do here: a role, or none.
     Column("org_role", String(32)),
+    Column("deleted_at", Float),
     UniqueConstraint("org_id", "name"),
 )
 
@@ -110,6 +113,54 @@ api_keys = Table(
     Column("last_used_at", Float),
     Column("expires_at", Float),
     Column("revoked_at", Float),
+    Column("note", Text),
+)
+
+# A team is a group of users that is given roles in projects together.
+teams = Table(
+    "teams",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("name", String(256), nullable=False),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("org_id", "name"),
+)
+
+team_members = Table(
+    "team_members",
+    metadata,
+    Column("team_id", ForeignKey("teams.id"), primary_key=True),
+    Column("user_id", ForeignKey("users.id"), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Index(None, "user_id"),
+)
+
+team_grants = Table(
+    "team_grants",
+    metadata,
+    Column("project_id", ForeignKey("projects.id"), primary_key=True),
+    Column("team_id", ForeignKey("teams.id"), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("role", String(32), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Index(None, "team_id"),
+)
+
+# Who did what to whom. Rows are added and never changed: the database itself refuses it.
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("id", RowId, primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("at", Float, nullable=False),
+    Column("event_type", String(32), nullable=False),  # organizations, teams, projects, checkpoints
+    Column("event", String(64), nullable=False),
+    Column("outcome", String(16), nullable=False),  # success, denied, failed
+    Column("user_id", String(64)),
+    Column("key_id", String(64)),
+    Column("details", Text, nullable=False),
+    Index(None, "org_id", "at"),
 )
 
 sessions = Table(
