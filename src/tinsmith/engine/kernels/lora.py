@@ -34,8 +34,9 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 
 Packed = tuple[int, int]
 """Where an adapter's two matrices lie as the kernel reads them: addresses of "pairs" of lora.cpp, each bf16
-[K/2, N, 2] in panels, N padded to a register's width. Forward the first is A^T (K = in, N = rank) and the second the
-scaled B^T (K = rank, N = out); backward the scaled B (K = out, N = rank) and A (K = rank, N = in)."""
+[K/2, N, 2] in panels, N padded to a register's width. Forward the first is A^T (K = in, N = rank), and the
+second the scaled B^T (K = rank, N = out); backward the scaled B (K = out, N = rank) and A (K = rank, N = in).
+"""
 
 
 class Packs:

@@ -43,7 +43,7 @@ class Blueprint:
 
 
 def draw(path: str, dtype: torch.dtype, *, trust_remote_code: bool = False, whole: bool = False) -> Blueprint:
-    """The blueprint of what lies in a folder or under a hub id; for `whole` see `fetch`. Raises ModelError."""
+    """Of what lies in a folder or under a hub id; for `whole` see `fetch`. Raises ModelError."""
     folder = fetch(path, whole, trust_remote_code)
     raw = read_json(folder / "config.json")
     try:
