@@ -34,7 +34,7 @@ from tinsmith.engine.paged_attention import Chunk, PagedAttention
 from tinsmith.engine.program import Program
 from tinsmith.engine.prompt_scores import PromptScores
 from tinsmith.engine.runs import Answer
-from tinsmith.engine.sampling import StopCheck, choose, scaled, top, uniforms
+from tinsmith.engine.sampling import StopCheck, sample, uniforms
 from tinsmith.engine.shares import Costs, Shares
 from tinsmith.engine.states import SampledRecurrence, StatePool
 from tinsmith.engine.waiting import Waiting
@@ -488,25 +488,26 @@ class Sampler:
         logits = self._logits(hidden, [row for _, row in ready], [s.request.weights for s, _ in ready])
         for at in range(0, len(members), LOGIT_ROWS):
             part = members[at : at + LOGIT_ROWS]
-            params = [s.request.command.params for s in part]
-            values = scaled(
-                logits[torch.tensor(source[at : at + LOGIT_ROWS], device=logits.device)],
-                [p.temperature for p in params],
+            rows = source[at : at + LOGIT_ROWS]
+            own = (
+                logits
+                if rows == list(range(len(logits)))
+                else logits[torch.tensor(rows, device=logits.device)]
             )
+            params = [s.request.command.params for s in part]
             draws = uniforms([p.seed for p in params], [s.index for s in part], [len(s.tokens) for s in part])
-            chosen = choose(values, params, draws)
-            table = self.model.log_softmax(values)
-            taken = table.gather(1, torch.tensor(chosen, device=table.device)[:, None])[:, 0].tolist()
-            k = max(s.request.command.topk_sample for s in part)
-            best = top(table, k) if k else None
-            for i, (sequence, token, logprob) in enumerate(zip(part, chosen, taken, strict=True)):
+            drawn = sample(own, params, draws, max(s.request.command.topk_sample for s in part))
+            now = time.time()
+            for i, (sequence, token, logprob) in enumerate(
+                zip(part, drawn.tokens, drawn.logprobs, strict=True)
+            ):
+                request = sequence.request
                 sequence.tokens.append(token)
                 sequence.logprobs.append(logprob)
-                if "first_token" not in sequence.request.times:
-                    sequence.request.times["first_token"] = time.time()
-                shown = sequence.request.command.topk_sample
-                if shown and best is not None:
-                    sequence.topk.append((best[0][i, :shown], best[1][i, :shown]))
+                request.times.setdefault("first_token", now)
+                shown = request.command.topk_sample
+                if shown and drawn.likeliest is not None:
+                    sequence.topk.append((drawn.likeliest[0][i, :shown], drawn.likeliest[1][i, :shown]))
                 self._maybe_finish(sequence)
 
     def _siblings(self, sequence: _Sequence) -> list[_Sequence]:
@@ -551,10 +552,11 @@ class Sampler:
     # The end of a sequence
 
     def _maybe_finish(self, sequence: _Sequence) -> None:
-        request, output = sequence.request, sequence.output
-        stopped = request.stop(output)
-        if not stopped and len(output) < request.limit:
+        request = sequence.request
+        stopped = request.stop(sequence.tokens, len(request.prompt))
+        if not stopped and len(sequence.tokens) - len(request.prompt) < request.limit:
             return
+        output = sequence.output
         topk = None
         if sequence.topk:
             topk = TopK(np.stack([t for t, _ in sequence.topk]), np.stack([p for _, p in sequence.topk]))

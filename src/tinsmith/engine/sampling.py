@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.commands import SampleParams
+from tinsmith.engine.kernels import draw as kernel
+from tinsmith.engine.kernels.elementwise import LogSoftmax
+from tinsmith.engine.model.base import BaseModel
 
 _MASK = (1 << 64) - 1
 
@@ -36,6 +40,45 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token of each row, its logprob, and, where asked for, the row's k likeliest tokens and theirs."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    likeliest: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]] | None
+
+
+def sample(logits: Tensor, params: Sequence[SampleParams], draws: npt.NDArray[np.float64], k: int) -> Drawn:
+    """logits: [n, vocab] in the model's dtype; draws: [n] in [0, 1). Logprobs are those of the distribution
+    at the row's temperature, before any cut; a greedy row's are those at 1."""
+    if kernel.usable(logits):
+        return _sample_by_kernel(logits, params, draws, k)
+    values = scaled(logits, [p.temperature for p in params])
+    chosen = choose(values, params, draws)
+    table = BaseModel.log_softmax(values)
+    taken = table.gather(1, torch.tensor(chosen, device=table.device)[:, None])[:, 0]
+    return Drawn(chosen, taken.tolist(), top(table, k) if k else None)
+
+
+def _sample_by_kernel(
+    logits: Tensor, params: Sequence[SampleParams], draws: npt.NDArray[np.float64], k: int
+) -> Drawn:
+    temperatures = [p.temperature for p in params]
+    if any(t not in (0.0, 1.0) for t in temperatures):
+        logits = scaled(logits, temperatures)
+    soft = LogSoftmax(logits)
+    u = np.where(np.array(temperatures) == 0, -1.0, draws)
+    chosen = kernel.draw(
+        soft,
+        u,
+        np.array([max(p.top_k, 0) for p in params], np.int64),
+        np.array([p.top_p for p in params], np.float64),
+    )
+    logprobs = soft.gather(chosen[:, None])[:, 0]
+    return Drawn(chosen.tolist(), logprobs.tolist(), top(soft.table(), k) if k else None)
 
 
 def scaled(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
@@ -104,11 +147,13 @@ class StopCheck:
         # A token has at least one byte, so a match that ends with the newest token begins in here.
         self._window = max((len(s.encode()) for s in self._strings), default=0) + 8
 
-    def __call__(self, output: Sequence[int]) -> bool:
-        """True if the output stops with its newest token, which is part of it."""
-        if output[-1] in self._tokens:
+    def __call__(self, tokens: Sequence[int], prompt: int = 0) -> bool:
+        """True if the output, which begins behind `prompt` of the tokens, stops with its newest token, which
+        is part of it."""
+        if tokens[-1] in self._tokens:
             return True
         if not self._strings:
             return False
-        text = self._tokenizer.decode(output[-self._window :], skip_special_tokens=False)
+        window = tokens[max(prompt, len(tokens) - self._window) :]
+        text = self._tokenizer.decode(window, skip_special_tokens=False)
         return any(s in text for s in self._strings)

@@ -192,16 +192,19 @@ class _Rotate(torch.autograd.Function):
 
 
 class LogSoftmax:
-    """The log-softmax of logits [n, vocab], row by row, in fp32: what of it is asked for, and no more."""
+    """The log-softmax of logits [n, vocab], row by row, in fp32: what of it is asked for, and no more.
+
+    top, total: fp32 [n], each row's maximum and the logarithm of the sum of exp(x - maximum).
+    """
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits.detach()
         if self.logits.stride(-1) != 1:
             self.logits = self.logits.contiguous()
         n, vocab = self.logits.shape
-        self._top, self._total = torch.empty(n), torch.empty(n)
+        self.top, self.total = torch.empty(n), torch.empty(n)
         _function("normalizers", logits.dtype)(
-            self.logits.data_ptr(), self._top.data_ptr(), self._total.data_ptr(), n, vocab,
+            self.logits.data_ptr(), self.top.data_ptr(), self.total.data_ptr(), n, vocab,
             self.logits.stride(0), torch.get_num_threads(),
         )  # fmt: skip
 
@@ -210,7 +213,7 @@ class LogSoftmax:
         out = torch.empty(self.logits.shape, dtype=torch.float32)
         n, vocab = out.shape
         _function("log_softmax", self.logits.dtype)(
-            self.logits.data_ptr(), self._top.data_ptr(), self._total.data_ptr(), out.data_ptr(), n, vocab,
+            self.logits.data_ptr(), self.top.data_ptr(), self.total.data_ptr(), out.data_ptr(), n, vocab,
             self.logits.stride(0), torch.get_num_threads(),
         )  # fmt: skip
         return out
@@ -218,7 +221,7 @@ class LogSoftmax:
     def gather(self, ids: Tensor) -> Tensor:
         """Those of `ids` int64 [n, k]: [n, k], the table's own bits."""
         chosen = self.logits.gather(1, ids).float()
-        return chosen.sub_(self._top[:, None]).sub_(self._total[:, None])
+        return chosen.sub_(self.top[:, None]).sub_(self.total[:, None])
 
     def gradient(self, ids: Tensor, grads: Tensor) -> Tensor:
         """d / d logits of sum(grads * gather(ids)): overwrites the logits and returns them.
@@ -228,7 +231,7 @@ class LogSoftmax:
         ids, grads = ids.contiguous(), grads.contiguous()
         n, vocab = self.logits.shape
         _function("log_softmax_backward", self.logits.dtype)(
-            self.logits.data_ptr(), self._top.data_ptr(), self._total.data_ptr(), ids.data_ptr(),
+            self.logits.data_ptr(), self.top.data_ptr(), self.total.data_ptr(), ids.data_ptr(),
             grads.data_ptr(), ids.shape[1], n, vocab, self.logits.stride(0), torch.get_num_threads(),
         )  # fmt: skip
         return self.logits

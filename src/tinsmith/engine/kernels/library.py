@@ -25,7 +25,15 @@ log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _SOURCES = [
     _HERE / name
-    for name in ("attention.cpp", "elementwise.cpp", "linear.cpp", "lora.cpp", "optimizer.cpp", "program.cpp")
+    for name in (
+        "attention.cpp",
+        "draw.cpp",
+        "elementwise.cpp",
+        "linear.cpp",
+        "lora.cpp",
+        "optimizer.cpp",
+        "program.cpp",
+    )
 ]
 _HEADERS = [_HERE / name for name in ("product.h", "tiles.h", "vector.h")]
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
