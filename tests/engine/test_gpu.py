@@ -25,7 +25,7 @@ from tinsmith.engine.training import TrainingJob, run_pass
 pytest.importorskip("triton")
 Folder = Callable[[str], Path]
 CUDA = torch.cuda.is_available()
-FAMILIES = ("Qwen3", "DeepseekV3", "GptOss")
+FAMILIES = ("Qwen3", "Qwen3Moe", "DeepseekV3", "GptOss")
 TEXTS = (9, 70)
 
 

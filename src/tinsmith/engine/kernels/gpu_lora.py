@@ -90,6 +90,7 @@ class Adapters:
                 (at, min(ROWS, segment.stop - at), number) for at in range(segment.start, segment.stop, ROWS)
             ]
         self._targets: Targets | None = None
+        self.units: Any = None  # see gpu_experts.py
         # The one adapter of all rows, whose products are ordinary ones.
         alone = len(segments) == 1 and len(self.weights) == 1 and not gpu.CHOICE.deterministic
         self.only = self.weights[0] if alone else None
@@ -97,7 +98,8 @@ class Adapters:
             return
         ranks = [w.rank for w in self.weights]
         self.width = max(ranks)
-        self.tiles, self.ranks = table(tiles, device), table([ranks], device)[0]
+        # Behind the last adapter stands none.
+        self.tiles, self.ranks = table(tiles, device), table([[*ranks, 0]], device)[0]
         names = list(dict.fromkeys(n for w in self.weights for n in w.names))
         self._index = {name: i for i, name in enumerate(names)}
         self._addresses = _send(addresses_of(self.weights, self._index), device)
@@ -107,6 +109,17 @@ class Adapters:
         i = self._index.get(name) if self.weights else None
         return None if i is None else (self._addresses[0, i], self._addresses[1, i])
 
+    def shapes(self, name: str) -> tuple[torch.Size, torch.Size]:
+        """Those of a slot's A and B, of any adapter that has them."""
+        a, b = next(w for w in self.weights if w.has(name)).get(name)
+        return a.shape, b.shape
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the factors."""
+        name = next(iter(self.weights[0].names))
+        return int(self.weights[0].get(name)[0].element_size())
+
     @property
     def targets(self) -> Targets:
         if self._targets is None:
@@ -115,8 +128,8 @@ class Adapters:
 
 
 def addresses_of(weights: Sequence[Any], index: dict[str, int]) -> np.ndarray:
-    """int64 [2, names, weights]: where A and B of each slot lie, 0 where there is none."""
-    found = np.zeros((2, len(index), len(weights)), np.int64)
+    """int64 [2, names, weights + 1]: where A and B of each slot lie, 0 where there is none."""
+    found = np.zeros((2, len(index), len(weights) + 1), np.int64)
     for j, w in enumerate(weights):
         for name in w.names:
             i = index.get(name)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinsmith.engine.kernels import gpu
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.lora import AdapterWeights, Gradients, Slot
 from tinsmith.engine.model.packing import Pass, current_pass, units
@@ -32,10 +33,36 @@ class _Group:
 
 @dataclass(slots=True)
 class _Plan:
+    """Where the token-expert pairs of one layer go; kernels/gpu_experts.py has that of a GPU."""
+
     groups: list[_Group]
     spans: list[tuple[int, int, int]]  # (expert, start, stop): an expert's groups together
     place: Tensor  # int64 [tokens * k]: the padded row of each token-expert pair
     rows: int
+
+    def take(self, hidden: Tensor) -> Tensor:
+        """[tokens, H] -> the pairs' rows."""
+        tokens = hidden.shape[0]
+        pairs = torch.arange(tokens, device=hidden.device).repeat_interleave(len(self.place) // tokens)
+        rows = hidden.index_select(0, pairs)
+        return hidden.new_zeros(self.rows, hidden.shape[1]).index_copy(0, self.place, rows)
+
+    def linear(
+        self,
+        x: Tensor,
+        anchor: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        parts: list[tuple[str, slice]],
+    ) -> Tensor:
+        """x: the pairs' rows [rows, in], weight: [E, out, in] -> [rows, out]."""
+        y: Tensor = _GroupedLinear.apply(x, anchor, weight, bias, self, parts)
+        return y
+
+    def combine(self, z: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """The pairs' results, weighted [tokens, k] and added -> [tokens, out]."""
+        out = z.index_select(0, self.place).view(*weights.shape, -1) * weights.unsqueeze(-1)
+        return out.sum(dim=1).to(dtype)
 
 
 def _plan(this: Pass, experts: Tensor, count: int) -> _Plan:
@@ -172,15 +199,16 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
         hidden, top_k_index, top_k_weights = (
             x.index_select(0, of_rows) for x in (hidden, top_k_index, top_k_weights)
         )
-    plan = _plan(this, top_k_index, up.shape[0])
-    tokens, k = top_k_index.shape
-    pairs = torch.arange(tokens, device=hidden.device).repeat_interleave(k)
-    x = hidden.new_zeros(plan.rows, hidden.shape[1]).index_copy(0, plan.place, hidden.index_select(0, pairs))
+    if gpu.takes(hidden.device, hidden.dtype):
+        plan = gpu.module("gpu_experts").Route(this, top_k_index, up.shape[0])
+    else:
+        plan = _plan(this, top_k_index, up.shape[0])
+    x = plan.take(hidden)
     name = getattr(self, "tinsmith_name", "")
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[tuple[str, slice]]) -> Tensor:
         anchor = None if x.requires_grad else this.anchor_of(part for part, _ in parts)
-        y: Tensor = _GroupedLinear.apply(x, anchor, weight, bias, plan, parts)
+        y: Tensor = plan.linear(x, anchor, weight, bias, parts)
         return y
 
     if self.has_gate:
@@ -195,6 +223,5 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
     else:
         y = self.act_fn(linear(x, up, up_bias, [(f"{name}.w1", slice(None))]))
     z = linear(y, down, down_bias, [(f"{name}.w2", slice(None))])
-    out = z.index_select(0, plan.place).view(tokens, k, -1) * top_k_weights.unsqueeze(-1)
-    out = out.sum(dim=1).to(hidden.dtype)
+    out: Tensor = plan.combine(z, top_k_weights, hidden.dtype)
     return out if of_batch is None else out.index_select(0, of_batch)
