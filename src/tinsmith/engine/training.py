@@ -30,7 +30,8 @@ from tinsmith.engine.optimizers.clipping import gradient_norm
 from tinsmith.wire.training import Array, ContentError, Datum, TrainingRequest, encode_output
 
 BLOCK_TOKENS = 512  # a block ends before the sequence that would go beyond; a longer sequence is one block
-UNEMBED_ROWS = 256  # rows whose logits exist at a time
+UNEMBED_ROWS = 256  # rows whose logits exist at a time, on a CPU
+UNEMBED_BYTES = 1 << 30  # of logits on a GPU, whose products want more rows
 
 
 @dataclass(slots=True)
@@ -200,64 +201,83 @@ def run_pass(work: Sequence[tuple[TrainingJob, _Cut]]) -> None:
     with torch.set_grad_enabled(backward), running(this):
         hidden = model.hidden(ids.to(model.device), positions.to(model.device), this, visual)
         gradient = torch.zeros_like(hidden) if backward else None
-        for job, cut, start in blocks:
-            _loss(job, cut, hidden.detach(), gradient, start)
+        finish = [_loss(job, cut, hidden.detach(), gradient, start) for job, cut, start in blocks]
         if gradient is not None and hidden.requires_grad:
             hidden.backward(gradient)
+    for each in finish:
+        each()
 
 
 def _first_with(work: Sequence[tuple[TrainingJob, _Cut]], weights: AdapterWeights) -> int:
     return next(i for i, (job, _) in enumerate(work) if job.weights is weights)
 
 
-def _loss(job: TrainingJob, cut: _Cut, hidden: Tensor, gradient: Tensor | None, start: int) -> None:
-    """Loss and logprobs of one block, and d loss / d hidden into `gradient`: the logits of UNEMBED_ROWS rows
-    at a time, counted from the block's own start.
+def unembed_rows(model: BaseModel) -> int:
+    """Rows whose logits exist at a time."""
+    if model.device.type == "cpu":
+        return UNEMBED_ROWS
+    most = UNEMBED_BYTES // (model.vocab_size * (model.dtype.itemsize + 4))
+    return max(UNEMBED_ROWS, min(4096, most // UNEMBED_ROWS * UNEMBED_ROWS))
+
+
+def _loss(
+    job: TrainingJob, cut: _Cut, hidden: Tensor, gradient: Tensor | None, start: int
+) -> Callable[[], None]:
+    """Loss and logprobs of one block, and d loss / d hidden into `gradient`: the logits of unembed_rows rows
+    at a time, counted from the block's own start. Returns what takes the results into the job, which waits
+    for the device; before that a token-local loss does not.
 
     A loss of whole datums needs all their logprobs before any gradient. Where a block is longer than
-    UNEMBED_ROWS the logits are then made twice, rather than kept.
+    unembed_rows the logits are then made twice, rather than kept.
     """
     sequences = job.sequences[cut.first : cut.last]
-    width = max(map(_width, sequences))
-    targets = _stack([s.targets for s in sequences], width, cut.rows)
-    parts = [slice(at, min(at + UNEMBED_ROWS, cut.rows)) for at in range(0, cut.rows, UNEMBED_ROWS)]
-    logprobs = torch.empty(cut.rows, width)
+    width, device = max(map(_width, sequences)), hidden.device
+    targets = _stack([s.targets for s in sequences], width, cut.rows).to(device)
+    step = unembed_rows(job.model)
+    parts = [slice(at, min(at + step, cut.rows)) for at in range(0, cut.rows, step)]
+    logprobs = torch.empty(cut.rows, width, device=device)
+    values: Tensor | None = None
 
     def unembed(part: slice, *, backward: bool) -> _Unembedded:
         rows = hidden[start + part.start : start + part.stop]
-        return _Unembedded.of(job, rows, targets[part].to(hidden.device), backward=backward)
+        return _Unembedded.of(job, rows, targets[part], backward=backward)
 
     def take_back(logits: _Unembedded, part: slice, dlp: Tensor) -> None:
         assert gradient is not None
         gradient[start + part.start : start + part.stop] = logits.backward(dlp)
 
     if job.loss.whole is None:
-        values, differentiate = _token_losses(job, sequences, width, cut.rows)
+        values, differentiate = _token_losses(job, sequences, width, cut.rows, device)
         for part in parts:
             logits = unembed(part, backward=gradient is not None)
             logprobs[part] = logits.logprobs
             dlp = differentiate(part, logits.logprobs, gradient is not None)
             if dlp is not None:
                 take_back(logits, part, dlp)
-        for s, rows in _rows_of(sequences):
-            job.loss_sums.append(float(values[rows, : _width(s)].double().sum()))
     else:
         once = len(parts) == 1
         for part in parts:
             logits = unembed(part, backward=once and gradient is not None)
             logprobs[part] = logits.logprobs
-        dlp = _datum_losses(job, sequences, logprobs, backward=gradient is not None)
+        dlp = _datum_losses(job, sequences, logprobs.cpu(), backward=gradient is not None)
         for part in parts if gradient is not None else ():
             if once or bool(dlp[part].any()):
-                take_back(logits if once else unembed(part, backward=True), part, dlp[part])
-    for s, rows in _rows_of(sequences):
-        job.outputs.append(logprobs[rows, : _width(s)].reshape(s.targets.shape).numpy().copy())
+                take_back(logits if once else unembed(part, backward=True), part, dlp[part].to(device))
+
+    def finish() -> None:
+        mine, of_tokens = logprobs.cpu(), None if values is None else values.cpu()
+        for s, rows in _rows_of(sequences):
+            if of_tokens is not None:
+                job.loss_sums.append(float(of_tokens[rows, : _width(s)].double().sum()))
+            job.outputs.append(mine[rows, : _width(s)].reshape(s.targets.shape).numpy().copy())
+
+    return finish
 
 
 @dataclass(slots=True)
 class _Unembedded:
     """The logits of some rows and what is needed to differentiate through them. `table` stands for the
-    fp32 log-probabilities [n, vocab]; `logprobs` [n, K] are those of the targets, on the CPU."""
+    fp32 log-probabilities [n, vocab]; `logprobs` [n, K] are those of the targets."""
 
     rows: Tensor
     logits: Tensor
@@ -278,12 +298,12 @@ class _Unembedded:
             logits = job.model.logits(rows, this)
         with torch.no_grad():
             table = log_softmax(logits)
-            return cls(rows, logits, table, targets, table.gather(targets).cpu(), this)
+            return cls(rows, logits, table, targets, table.gather(targets), this)
 
     def backward(self, dlp: Tensor) -> Tensor:
         """d loss / d rows, given d loss / d logprobs [n, K]. `table` is used up."""
         with torch.no_grad():
-            dlogits = self.table.gradient(self.targets, dlp.to(self.targets.device))
+            dlogits = self.table.gradient(self.targets, dlp)
         with running(self.this):
             self.logits.backward(dlogits)
         assert self.rows.grad is not None
@@ -313,18 +333,18 @@ def log_softmax(logits: Tensor) -> LogSoftmax | _Table:
 
 
 def _token_losses(
-    job: TrainingJob, sequences: Sequence[_Sequence], width: int, rows: int
+    job: TrainingJob, sequences: Sequence[_Sequence], width: int, rows: int, device: torch.device
 ) -> tuple[Tensor, Callable[[slice, Tensor, bool], Tensor | None]]:
     """A token-local loss over one block: its values [rows, width], and the function that fills in those of
     some rows from their logprobs and gives d loss / d logprobs where it is asked to."""
     inputs = {
         name: _stack(
             [s.inputs[name] if name in s.inputs else _absent(job, name, s) for s in sequences], width, rows
-        )
+        ).to(device)
         for name in {name for s in sequences for name in s.inputs}
     }
-    real = _stack([torch.ones_like(s.targets, dtype=torch.bool) for s in sequences], width, rows)
-    values = torch.empty(rows, width)
+    real = _stack([torch.ones_like(s.targets, dtype=torch.bool) for s in sequences], width, rows).to(device)
+    values = torch.empty(rows, width, device=device)
 
     def differentiate(part: slice, logprobs: Tensor, backward: bool) -> Tensor | None:
         with torch.set_grad_enabled(backward):
@@ -403,6 +423,6 @@ def peak_bytes(model: BaseModel, rows: int, longest: int, backward: bool) -> int
     scores = 4 * 4 * heads * min(TILE, longest) * round_up(longest, 64)
     if model.generic:  # transformers' own attention holds them all, of every layer and several times
         scores = 3 * 4 * heads * longest * longest * layers
-    logits = UNEMBED_ROWS * model.vocab_size * (2 * size + 3 * 4)
+    logits = unembed_rows(model) * model.vocab_size * (2 * size + 3 * 4)
     features = 0 if model.vision is None else model.vision.row_bytes
     return rows * (per_layer * layers + 4 * hidden * size + features) + scores + logits

@@ -107,7 +107,7 @@ class Route:
 
     @functools.cached_property
     def expert_bounds(self) -> Tensor:
-        return self.bounds[:: self.units.count]
+        return self.bounds[:: self.units.count].contiguous()
 
     @functools.cached_property
     def expert_tiles(self) -> Tensor:
@@ -133,7 +133,7 @@ class Route:
         """Each row times its expert's weight, [E, in, out] in any strides, plus its bias [E, out]."""
         if gpu.CHOICE.deterministic or not _suits(x, weight):
             return grouped(x, weight, bias, self.expert_tiles, self.tile_rows)
-        y: Tensor = torch._grouped_mm(x, weight, offs=self.expert_bounds[1:].contiguous())
+        y: Tensor = torch._grouped_mm(x, weight, offs=self.expert_bounds[1:])
         if bias is not None:
             expert = torch.searchsorted(
                 self.expert_bounds, torch.arange(len(x), device=x.device, dtype=torch.int32), right=True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -49,12 +50,7 @@ class Targets:
         self.scales = _send(np.array([g.scale for g in self.all], np.float32), device)
         self.ones = torch.ones_like(self.scales)
         self.widest = max(g.rank for g in self.all)
-        names = list(dict.fromkeys(n for g in self.all for n in g.layout.ranges))
-        self._index = {name: i for i, name in enumerate(names)}
-        addresses = np.zeros((2, len(names), len(self.all)), np.int64)
-        for j, g in enumerate(self.all):
-            for name in g.layout.ranges:
-                addresses[:, self._index[name], j] = g.addresses(name)
+        self._index, addresses = _side_by_side([(list(g.layout.ranges), _of_gradients(g)) for g in self.all])
         self._addresses = _send(addresses, device)
 
     def of(self, name: str) -> tuple[Tensor, Tensor] | None:
@@ -100,9 +96,8 @@ class Adapters:
         self.width = max(ranks)
         # Behind the last adapter stands none.
         self.tiles, self.ranks = table(tiles, device), table([[*ranks, 0]], device)[0]
-        names = list(dict.fromkeys(n for w in self.weights for n in w.names))
-        self._index = {name: i for i, name in enumerate(names)}
-        self._addresses = _send(addresses_of(self.weights, self._index), device)
+        self._index, addresses = addresses_of(self.weights)
+        self._addresses = _send(addresses, device)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """The addresses of a slot's A and B, int64 by adapter; None where no adapter has it."""
@@ -127,16 +122,40 @@ class Adapters:
         return self._targets
 
 
-def addresses_of(weights: Sequence[Any], index: dict[str, int]) -> np.ndarray:
-    """int64 [2, names, weights + 1]: where A and B of each slot lie, 0 where there is none."""
-    found = np.zeros((2, len(index), len(weights) + 1), np.int64)
-    for j, w in enumerate(weights):
-        for name in w.names:
-            i = index.get(name)
-            if i is not None:
-                a, b = w.get(name)
-                found[0, i, j], found[1, i, j] = a.data_ptr(), b.data_ptr()
-    return found
+_OF_WEIGHTS: WeakKeyDictionary[Any, np.ndarray] = WeakKeyDictionary()
+_OF_LAYOUTS: WeakKeyDictionary[Any, np.ndarray] = WeakKeyDictionary()
+
+
+def addresses_of(weights: Sequence[Any]) -> tuple[dict[str, int], np.ndarray]:
+    """Where A and B of each slot lie, int64 [2, slots, weights + 1], 0 where there is none, and which slot is
+    which. The last column is of no adapter."""
+    columns = []
+    for w in weights:
+        if w not in _OF_WEIGHTS:
+            _OF_WEIGHTS[w] = np.array([[x.data_ptr() for x in w.get(n)] for n in w.names], np.int64).T
+        columns.append((list(w.names), _OF_WEIGHTS[w]))
+    index, found = _side_by_side(columns)
+    return index, np.pad(found, ((0, 0), (0, 0), (0, 1)))
+
+
+def _of_gradients(gradients: Any) -> np.ndarray:
+    """Where dA and dB of each slot of the layout go, int64 [2, slots]."""
+    layout = gradients.layout
+    if layout not in _OF_LAYOUTS:
+        _OF_LAYOUTS[layout] = np.array([(4 * a, 4 * b) for a, _, b, _ in layout.ranges.values()], np.int64).T
+    return _OF_LAYOUTS[layout] + gradients.flat.data_ptr()
+
+
+def _side_by_side(columns: Sequence[tuple[list[str], np.ndarray]]) -> tuple[dict[str, int], np.ndarray]:
+    """(names, [2, names]) each -> one [2, all names, columns], zeros where a column lacks a name."""
+    first = columns[0][0]
+    if all(names == first for names, _ in columns):
+        return {n: i for i, n in enumerate(first)}, np.stack([x for _, x in columns], 2)
+    index = {n: i for i, n in enumerate(dict.fromkeys(n for names, _ in columns for n in names))}
+    found = np.zeros((2, len(index), len(columns)), np.int64)
+    for j, (names, x) in enumerate(columns):
+        found[:, [index[n] for n in names], j] = x
+    return index, found
 
 
 def _send(array: np.ndarray, device: torch.device) -> Tensor:
