@@ -158,7 +158,7 @@ class Engine:
         smallest = 4 * 4 * Layout(model.slots, LoraSpec(rank=1, seed=0)).size
         if smallest > self.budget.adapters:
             return f"an adapter of rank 1 needs {smallest} bytes in training; {self.budget.adapters} are left"
-        need = peak_bytes(model, PADDING.rows, PADDING.rows, True)
+        need = peak_bytes(model, PADDING.rows, PADDING.rows, True, recomputed=True)
         if need > self.budget.passes:
             return f"a pass needs at least {need} bytes; {self.budget.passes} are left"
         return ""
@@ -367,7 +367,7 @@ class Engine:
         """Refuse a sequence whose pass would not fit by itself."""
         for index, sequence in enumerate(job.sequences):
             length = sequence.tokens.numel()
-            need = peak_bytes(job.model, length, length, not job.forward_only)
+            need = peak_bytes(job.model, length, length, not job.forward_only, recomputed=True)
             if need > self.budget.passes:
                 raise ContentError(
                     f"data[{index}] has {length} tokens, for which a pass needs about {need} bytes; this "
@@ -457,7 +457,7 @@ class Engine:
         for job in jobs:
             job.started = job.started or time.time()
         try:
-            run_pass([(job, job.cuts[index]) for job, index in work])
+            run_pass([(job, job.cuts[index]) for job, index in work], self.budget.passes)
         except Exception as error:
             self._pass_failed(jobs, error)
         else:

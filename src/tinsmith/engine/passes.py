@@ -14,9 +14,10 @@ def fill_pass(
     runs: Mapping[str, Run], turn: deque[str], shares: Shares, rows_limit: int, bytes_limit: int
 ) -> list[tuple[TrainingJob, int]]:
     """Jobs and the numbers of their blocks: the runs of a share key in `turn`, which moves on, and the keys
-    by what they have of the pass for their weight. The first block goes in whatever its size."""
+    by what they have of the pass for their weight. The first block goes in whatever its size; where it fits
+    only with layers computed again, the others may fill up what that leaves."""
     work: list[tuple[TrainingJob, int]] = []
-    longest = 0
+    longest, recomputed = 0, False
     rows: Counter[str] = Counter()
     ahead = {id(job): job.next for run in runs.values() for job in run.jobs}
     lead: TrainingJob | None = None
@@ -35,9 +36,12 @@ def fill_pass(
             continue
         cut = job.cuts[ahead[id(job)]]
         total, grown = rows.total() + cut.rows, max(longest, cut.rows)
+        backward = not job.forward_only
+        if not work:
+            recomputed = peak_bytes(job.model, total, grown, backward) > bytes_limit
         if work and (
             total > rows_limit
-            or peak_bytes(job.model, total, grown, not job.forward_only) > bytes_limit
+            or peak_bytes(job.model, total, grown, backward, recomputed=recomputed) > bytes_limit
             or _has_its_part(shares, key, rows, cut.rows, turns)
         ):
             continue

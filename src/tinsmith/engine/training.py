@@ -157,9 +157,10 @@ def _cut(lengths: Sequence[int]) -> list[_Cut]:
     return cuts
 
 
-def run_pass(work: Sequence[tuple[TrainingJob, _Cut]]) -> None:
+def run_pass(work: Sequence[tuple[TrainingJob, _Cut]], most_bytes: int | None = None) -> None:
     """Run one block of each pair through the model together, all of one model, all with or all without
-    gradients. Results go into the jobs; the caller advances `job.next`.
+    gradients. Results go into the jobs; the caller advances `job.next`. Where the pass would need more than
+    `most_bytes`, layers' activations are computed again in the backward pass rather than kept.
 
     Blocks of one adapter stand together in one segment.
     """
@@ -197,6 +198,9 @@ def run_pass(work: Sequence[tuple[TrainingJob, _Cut]]) -> None:
         at += cut.rows
     recurrent = PackedRecurrence(segments, spans, model.device) if model.apart else None
     this = Pass(segments, PackedSequences(spans, rows, model.device, model.dtype), recurrent)
+    if backward and most_bytes is not None:
+        longest = max(cut.rows for _, cut in work)
+        this.recomputes = peak_bytes(model, rows, longest, True) > most_bytes
     visual = model.vision.visual(images) if model.vision is not None else None
     with torch.set_grad_enabled(backward), running(this):
         hidden = model.hidden(ids.to(model.device), positions.to(model.device), this, visual)
@@ -405,11 +409,12 @@ def _stack(parts: Sequence[Tensor], width: int, rows: int) -> Tensor:
     return out
 
 
-def peak_bytes(model: BaseModel, rows: int, longest: int, backward: bool) -> int:
+def peak_bytes(model: BaseModel, rows: int, longest: int, backward: bool, *, recomputed: bool = False) -> int:
     """Upper estimate of what a pass over `rows` rows allocates, in bytes.
 
     Per row and layer the tensors that autograd keeps (inputs of the linear layers, norms in fp32, the
-    attention's q, k, v and output), plus one tile of attention scores and one block of logits.
+    attention's q, k, v and output), plus one tile of attention scores and one block of logits. Of layers that
+    are computed again in the backward pass only the input is kept, where the model can do that.
     """
     config = model.config
     size = model.dtype.itemsize
@@ -419,10 +424,12 @@ def peak_bytes(model: BaseModel, rows: int, longest: int, backward: bool) -> int
     heads = int(config.num_attention_heads)
     dim = max((s.key_dim for s in model.attention_layers.values()), default=hidden // heads)
     per_layer = size * (8 * hidden + 6 * heads * dim + 5 * inner * top_k) + 4 * (4 * hidden + 2 * heads * dim)
-    layers = int(config.num_hidden_layers) if backward else 2
+    layers, inputs = int(config.num_hidden_layers) if backward else 2, 0
+    if recomputed and backward and model.recomputable:
+        layers, inputs = 1, layers * hidden * size
     scores = 4 * 4 * heads * min(TILE, longest) * round_up(longest, 64)
     if model.generic:  # transformers' own attention holds them all, of every layer and several times
         scores = 3 * 4 * heads * longest * longest * layers
     logits = unembed_rows(model) * model.vocab_size * (2 * size + 3 * 4)
     features = 0 if model.vision is None else model.vision.row_bytes
-    return rows * (per_layer * layers + 4 * hidden * size + features) + scores + logits
+    return rows * (per_layer * layers + inputs + 4 * hidden * size + features) + scores + logits

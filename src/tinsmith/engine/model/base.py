@@ -23,6 +23,7 @@ from tinsmith.engine.model.fused import fuse
 from tinsmith.engine.model.loading import fingerprint, load
 from tinsmith.engine.model.lora import GateLinear, Group, LoraLinear, Slot
 from tinsmith.engine.model.packing import Pass, Segment, current_pass, running
+from tinsmith.engine.model.recomputing import make_recomputable
 from tinsmith.engine.model.recurrent import find_mixers, take_apart
 from tinsmith.engine.model.vision import Expanded, NoImages, Vision, Visual, sees
 from tinsmith.wire.images import ImageChunk
@@ -158,6 +159,7 @@ class BaseModel:
         inner = next(n for n, m in self.module.named_modules() if m is self._body) if has_eyes else ""
         self.slots = list(_replace(self.module, list(self.mixers), inner, self.generic))
         fuse(self._body, device, dtype)
+        self.recomputable = make_recomputable(self._body) > 0
         self.has_gates = any(isinstance(m, GateLinear) for m in self._body.modules())
         # (in, out) of the products that routers make with their own weights
         self.routers = {

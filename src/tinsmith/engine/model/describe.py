@@ -86,7 +86,7 @@ def describe(
     why_not = ""
     try:
         budget = Budget.split(total, model.nbytes + (CACHE_BYTES if images else 0))
-        need = peak_bytes(model, PADDING.rows, PADDING.rows, True)
+        need = peak_bytes(model, PADDING.rows, PADDING.rows, True, recomputed=True)
         if adapter > budget.adapters:
             why_not = f"a run of rank {rank} needs {adapter} bytes, and {budget.adapters} are left for runs"
         elif need > budget.passes:

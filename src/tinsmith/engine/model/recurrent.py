@@ -76,6 +76,7 @@ class Apart:
         x = hidden.index_select(0, self.rows).unflatten(0, (self.count, self.length))
         outer = current_pass()
         self.inner.anchor = None if outer is None else outer.anchor
+        self.inner.recomputes = outer is not None and outer.recomputes
         with running(self.inner):
             out = mixer(x, state)
         return out.flatten(0, 1).index_select(0, self.real)
