@@ -6,6 +6,8 @@ of its config. The code under test names none of them.
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 from tests.engine.tiny import SIZES, make_family
@@ -115,3 +117,29 @@ def make(row: str, root: Path) -> Path:
             return quantize(make(row.partition("-")[0], root), root / row, name, **config)
         make_family(row.partition("-")[0], "ForCausalLM", root / row, FAMILIES[row])
     return root / row
+
+
+_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm.variance_epsilon = 3.0  # what nobody would guess
+"""
+
+
+def make_odd(llama: Path, folder: Path) -> Path:
+    """A model whose architecture is code that lies beside its weights."""
+    shutil.copytree(llama, folder)
+    (folder / "odd.py").write_text(_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"}
+    config |= {"model_type": "odd", "architectures": ["OddForCausalLM"], "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

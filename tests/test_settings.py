@@ -18,6 +18,15 @@ def test_flags_go_before_the_environment_and_that_before_the_file(tmp_path: Path
     assert load({}, {"TINSMITH_CONFIG": str(file)}).host == "file"
 
 
+def test_a_switch_is_off_and_has_many_words_for_on(tmp_path: Path) -> None:
+    assert not load({}, {}).trust_remote_code
+    for text, on in (("1", True), ("True", True), ("yes", True), ("0", False), ("off", False)):
+        assert load({}, {"TINSMITH_TRUST_REMOTE_CODE": text}).trust_remote_code == on
+    (tmp_path / "t.toml").write_text("trust_remote_code = true")
+    assert load({}, {}, tmp_path / "t.toml").trust_remote_code
+    assert not load({"trust_remote_code": False}, {}, tmp_path / "t.toml").trust_remote_code
+
+
 def test_without_a_model_the_one_that_ships_is_served() -> None:
     assert [model.name for model in load({}, {}).models] == [SHIPPED_MODEL]
 
@@ -34,6 +43,7 @@ def test_without_a_model_the_one_that_ships_is_served() -> None:
         ({"TINSMITH_GAP_TIMEOUT": "0"}, "gap_timeout"),
         ({"TINSMITH_MODELS": "a:b=/"}, "colon"),
         ({"TINSMITH_ROOT_PATH": "x"}, "slash"),
+        ({"TINSMITH_TRUST_REMOTE_CODE": "maybe"}, "trust_remote_code: must be true or false, not 'maybe'"),
     ],
 )
 def test_what_is_unknown_or_wrong_is_an_error_that_says_what_would_be_right(

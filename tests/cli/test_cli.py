@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.harness import Server
+from tests.families import make, make_odd
+from tests.harness import MODEL, Server, datum
 from tinsmith.cli import main
 
 
@@ -82,6 +83,21 @@ def test_weights_that_are_cut_off_are_said_before_the_server_is_ready(
     assert server.process.wait(60) == 1
     assert f"the engine did not start: tests/tiny: {file} is truncated" in server.log()
     assert "Traceback" not in server.log()
+
+
+def test_code_that_a_checkpoint_brings_along_runs_if_it_may(tmp_path: Path) -> None:
+    folder = make_odd(make("Llama", tmp_path), tmp_path / "odd")
+    refused = Server(folder, tmp_path / "data").start(wait=False)
+    assert refused.process is not None
+    assert refused.process.wait(60) == 1
+    assert "It runs only with --trust-remote-code" in refused.log()
+    server = Server(folder, tmp_path / "data", "--trust-remote-code").start()
+    try:
+        with server.sdk() as client:
+            training = client.create_lora_training_client(MODEL, rank=4).result()
+            assert training.forward([datum()], "cross_entropy").result().metrics["loss:sum"] > 0
+    finally:
+        server.end()
 
 
 class TestModelsCheck:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.engine.tiny import make_family, relative, tokens
-from tests.families import FAMILIES, make
+from tests.families import FAMILIES, make, make_odd
 from tests.quantized import FORMATS, compressed, full, quantize
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.blueprint import draw
@@ -275,19 +275,6 @@ class TestQuantized:
         assert f"{name} [5, 3] does not suit" in refusal(folder)
 
 
-CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-
-class OddConfig(LlamaConfig):
-    model_type = "odd"
-
-class OddForCausalLM(LlamaForCausalLM):
-    config_class = OddConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model.norm.variance_epsilon = 3.0  # what nobody would guess
-"""
 TOKENIZER = """
 from transformers import PreTrainedTokenizer
 
@@ -313,11 +300,7 @@ class OddTokenizer(PreTrainedTokenizer):
 class TestCodeOfTheCheckpointsOwn:
     @pytest.fixture
     def odd(self, family: Family, tmp_path: Path) -> Path:
-        folder = Path(shutil.copytree(family("Llama"), tmp_path / "odd"))
-        auto_map = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"}
-        set_config(folder, model_type="odd", architectures=["OddForCausalLM"], auto_map=auto_map)
-        (folder / "odd.py").write_text(CODE)
-        return folder
+        return make_odd(family("Llama"), tmp_path / "odd")
 
     def test_a_model_is_refused_without_the_flag(self, odd: Path) -> None:
         said = refusal(odd)
