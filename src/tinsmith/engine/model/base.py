@@ -293,15 +293,19 @@ class BaseModel:
             return elementwise.log_softmax(logits).table()
         return torch.log_softmax(logits.float(), dim=-1)
 
-    def plain(self, token_ids: Tensor, cache: Any = None) -> Tensor:
+    def plain(self, token_ids: Tensor, cache: Any = None, noise: Tensor | None = None) -> Tensor:
         """Final hidden states [n, hidden] of one sequence, int64 [n], through transformers' own attention
-        and recurrence, without adapters; an empty `cache` is filled."""
+        and recurrence, without adapters; an empty `cache` is filled. `noise` [n, hidden] is by how much of
+        themselves the embeddings are changed."""
         self._text.set_attn_implementation("eager")
         try:
             positions = torch.arange(len(token_ids), device=self.device)
             with running(Pass([Segment(0, len(token_ids), None)])):
+                embedded = self._embed(token_ids.unsqueeze(0))
+                if noise is not None:
+                    embedded = embedded + embedded * noise.to(embedded)
                 out = self._body(
-                    inputs_embeds=self._embed(token_ids.unsqueeze(0)),
+                    inputs_embeds=embedded,
                     position_ids=positions.unsqueeze(0),
                     past_key_values=cache,
                     use_cache=cache is not None,

@@ -9,8 +9,10 @@ is refused by name rather than trained wrongly.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
+from contextlib import nullcontext
 
 import numpy as np
 import PIL.Image
@@ -22,6 +24,7 @@ from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.base import BaseModel, ModelError
 from tinsmith.engine.model.packing import PackedSequences, Pass, Segment
 from tinsmith.engine.model.recurrent import PackedRecurrence
+from tinsmith.engine.model.routing import Routing
 from tinsmith.engine.model.vision import Vision
 from tinsmith.engine.paged_attention import Chunk
 from tinsmith.wire.images import ImageChunk
@@ -30,6 +33,8 @@ log = logging.getLogger(__name__)
 
 _LENGTHS = (21, 12)
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+_ROUNDINGS = 5  # how many times one rounding's effect is taken for rounding still
+_MOST = 0.2  # sequences that see each other, or an attention of another kind, differ by more than this
 
 
 @torch.no_grad()
@@ -57,25 +62,30 @@ def check(model: BaseModel) -> None:
 def _disagreement(model: BaseModel) -> str:
     """What is wrong with the path that a model is on; empty where nothing is."""
     first, second = _texts(model)
+    routing = Routing()
+    places = (("first", first, 0), ("second", second, len(first)))
     try:
-        together = _hidden(model, [first, second])
+        with routing.recorded():
+            together = _hidden(model, [first, second])
         if not together.isfinite().all():
             return f"gives numbers that are not finite{_damaged(model)}"
-        for name, text, ours in (
-            ("first", first, together[: len(first)]),
-            ("second", second, together[len(first) :]),
-        ):
-            if _differs(ours, _hidden(model, [text]), model.dtype):
-                return f"gives the {name} of two packed sequences another result than the sequence by itself"
-            if _differs(model.plain(text.to(model.device)), ours, model.dtype):
-                return "has an attention or a recurrence that differs from this server's"
+        near = _Near(model, routing, first)
+        for name, text, at in places:
+            ours = together[at : at + len(text)]
+            with routing.again(at):
+                if near.differs(ours, _hidden(model, [text])):
+                    return (
+                        f"gives the {name} of two packed sequences another result than the sequence by itself"
+                    )
+                if near.differs(model.plain(text.to(model.device)), ours):
+                    return "has an attention or a recurrence that differs from this server's"
         if model.generic:
             held = _held(model)
             _continued(model, first)
             if _held(model) != held:
                 return "keeps what it has seen inside its layers, where sequences cannot be told apart"
-            for text, ours in ((first, together[: len(first)]), (second, together[len(first) :])):
-                if _differs(_continued(model, text), ours, model.dtype):
+            for _, text, at in places:
+                if near.differs(_continued(model, text, routing, at), together[at : at + len(text)]):
                     return "goes on from its cache with another result than from the whole sequence"
     except Exception as error:
         log.debug("%s could not be run", model.name, exc_info=error)
@@ -106,9 +116,9 @@ def _held(model: BaseModel) -> dict[tuple[str, str], tuple[int, int]]:
     }
 
 
-def _continued(model: BaseModel, text: Tensor) -> Tensor:
+def _continued(model: BaseModel, text: Tensor, routing: Routing | None = None, at: int = 0) -> Tensor:
     """As the sampler goes on the generic path: most of the text, then token after token behind the cache,
-    in turns with another sequence."""
+    in turns with another sequence. `routing` knows the experts of the text, which stood at row `at`."""
     pool = CachePool(model, 2, 1 << 62)
     cut, parts = len(text) - 3, []
     for start, stop in [(0, cut), *((i, i + 1) for i in range(cut, len(text)))]:
@@ -117,7 +127,9 @@ def _continued(model: BaseModel, text: Tensor) -> Tensor:
             ids = torch.nn.functional.pad(ids, (0, pad_rows(n) - n)).to(model.device)
             segments = [Segment(0, len(ids), None)]
             recurrent = SampledApart(pool, segments, [(Chunk(0, n, start, ()), slot)])
-            hidden = model.hidden(ids, ids, Pass(segments, None, recurrent))[:n]
+            known = routing.again(at + start) if routing is not None and slot == 0 else nullcontext()
+            with known:
+                hidden = model.hidden(ids, ids, Pass(segments, None, recurrent))[:n]
             if slot == 0:
                 parts.append(hidden)
     return torch.cat(parts)
@@ -136,9 +148,11 @@ def _check_images(model: BaseModel, vision: Vision) -> None:
         ((first, image),) = made.images
         kinds = torch.zeros(len(made.tokens), dtype=torch.int64)
         kinds[first : first + image.tokens] = 1
-        theirs = model.plain_with_image(
-            torch.from_numpy(made.tokens), kinds, vision.pixels(image), image.grid
-        )
+        routing = Routing()
+        with routing.recorded():
+            theirs = model.plain_with_image(
+                torch.from_numpy(made.tokens), kinds, vision.pixels(image), image.grid
+            )
     except Exception as error:
         model.refuse_images(f"trying one failed: {type(error).__name__}: {error}")
         return
@@ -150,8 +164,9 @@ def _check_images(model: BaseModel, vision: Vision) -> None:
     recurrent = PackedRecurrence(segments, [(0, n)], model.device) if model.apart else None
     this = Pass(segments, PackedSequences([(0, n)], rows, model.device, model.dtype), recurrent)
     visual = vision.visual(made.within(0, 0, n))
-    ours = model.hidden(ids.to(model.device), positions.to(model.device), this, visual)[:n]
-    if _differs(ours, theirs, model.dtype):
+    with routing.again(0):
+        ours = model.hidden(ids.to(model.device), positions.to(model.device), this, visual)[:n]
+    if not _distance(ours, theirs) <= _TOLERANCE[model.dtype]:
         model.refuse_images(
             f"{type(model.module).__name__} treats them in a way that this server does not know"
         )
@@ -173,9 +188,33 @@ def _hidden(model: BaseModel, texts: list[Tensor]) -> Tensor:
     return model.hidden(ids.to(model.device), positions.to(model.device), this)[:at]
 
 
-def _differs(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether most rows of [n, hidden] differ. Not all: where a router is about to choose between two
-    experts, rounding decides, and that token takes another way."""
+class _Near:
+    """Whether two results of one model differ by more than rounding, which deep and large models amplify: by
+    how much is seen where embeddings are changed in their last bit."""
+
+    def __init__(self, model: BaseModel, routing: Routing, text: Tensor) -> None:
+        """text: the tokens that stood at row 0 when `routing` was recorded."""
+        self.model, self.routing, self.text = model, routing, text
+
+    @functools.cached_property
+    def rounding(self) -> float:
+        """What a change of embeddings by one rounding becomes behind the last layer."""
+        text = self.text.to(self.model.device)
+        width = int(self.model.config.hidden_size)
+        random = torch.randn(len(text), width, generator=torch.Generator().manual_seed(0))
+        noise = random * torch.finfo(self.model.dtype).eps
+        with self.routing.again(0):
+            return _distance(self.model.plain(text, noise=noise), self.model.plain(text))
+
+    def differs(self, a: Tensor, b: Tensor) -> bool:
+        """Whether most rows of [n, hidden] differ."""
+        distance = _distance(a, b)
+        if distance <= _TOLERANCE[self.model.dtype]:
+            return False
+        return not distance <= min(_ROUNDINGS * self.rounding, _MOST)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The median over rows of [n, hidden] of the norm of the difference over the norm."""
     a, b = a.double(), b.double()
-    distance = (a - b).norm(dim=-1) / b.norm(dim=-1)
-    return not bool(distance.median() <= _TOLERANCE[dtype])
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())

@@ -18,6 +18,7 @@ from tinsmith.engine.kernels import gpu
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.lora import AdapterWeights, Gradients, Slot
 from tinsmith.engine.model.packing import Pass, current_pass, units
+from tinsmith.engine.model.routing import route
 
 
 @dataclass(slots=True)
@@ -199,12 +200,13 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
         hidden, top_k_index, top_k_weights = (
             x.index_select(0, of_rows) for x in (hidden, top_k_index, top_k_weights)
         )
+    name = getattr(self, "tinsmith_name", "")
+    top_k_index, top_k_weights = route(name, top_k_index, top_k_weights)
     if gpu.takes(hidden.device, hidden.dtype):
         plan = gpu.module("gpu_experts").Route(this, top_k_index, up.shape[0])
     else:
         plan = _plan(this, top_k_index, up.shape[0])
     x = plan.take(hidden)
-    name = getattr(self, "tinsmith_name", "")
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[tuple[str, slice]]) -> Tensor:
         anchor = None if x.requires_grad else this.anchor_of(part for part, _ in parts)
