@@ -72,6 +72,10 @@ class Settings:
         default=256 * 2**20,
         metadata=_about("largest request body, after decompression (256MB)", bytes=True, least=1024),
     )
+    upload_limit: int = field(
+        default=16 * 2**30,
+        metadata=_about("largest file of weights that are uploaded (16GB)", bytes=True, least=1024),
+    )
     gap_timeout: float = field(
         default=600.0,
         metadata=_about(

@@ -43,6 +43,7 @@ TENANTS = {
     "storage_spans",
     "limits",
     "trace_chunks",
+    "uploads",
 }
 
 # Statements that take no scope: they change one row by the id that a scoped lookup gave, or they are
@@ -55,6 +56,7 @@ UNSCOPED = {
     "checkpoints.add", "checkpoints.delete", "checkpoints.set_expiry", "checkpoints.set_published",
     "checkpoints.folders",
     "samplers.next_clone",
+    "uploads.finish", "uploads.old", "uploads.delete", "uploads.folders",
     "traces.keep_newest", "traces.drop_old",
     # Rows are held within the scope by the table of usage; what they are joined with are their own parents.
     "ledger.rows", "ledger.sums", "ledger.spans",
@@ -105,6 +107,7 @@ def test_the_api_and_whatever_knows_a_caller_asks_within_the_callers_scope() -> 
         "service/runs.py": {"take_up"},
         "service/samplers.py": {"_release_unnamed"},
         "service/sessions.py": {"is_finished", "take_up"},
+        "service/uploads.py": {"put"},  # as above
         "service/steps.py": {"_claim", "_publish_ephemeral", "find_checkpoint"},
         "store/samplers.py": {"add"},
     }

@@ -92,6 +92,9 @@ _ROUTES = [
     route("billing/usage/events", billing.usage, method="GET"),
     route("billing/usage/checkpoints/current", billing.storage, method="GET"),
     signed_route("external_weights/{checkpoint_id}/{file}", external.download, method="GET"),
+    route("external_weights_upload_start", external.start_upload),
+    signed_route("external_weights_uploads/{upload_id}/{file}", external.upload, method="PUT"),
+    route("external_weights_upload_finish", external.finish_upload),
 ]
 
 

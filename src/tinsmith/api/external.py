@@ -1,4 +1,4 @@
-"""External weights: signed URLs for their files, and the files."""
+"""External weights: signed URLs for their files, and the files, out and in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import stat
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from tinsmith.service.errors import NotFound
+from tinsmith.service.errors import NotFound, Refused
+from tinsmith.service.external import Signed
 from tinsmith.service.service import Service
 from tinsmith.wire.paths import TinkerPath
 
@@ -20,13 +21,7 @@ from .http import Call, json_response, root_of
 async def urls(call: Call) -> Response:
     path = TinkerPath.from_checkpoint_id(call.path("run_id"), call.path("checkpoint_id"))
     signed = await call.service.external.urls(call.caller, path)
-    root = root_of(call.request, call.service)
-    return json_response(
-        {
-            "urls": {name: f"{root}/api/v1/{address}" for name, address in signed.addresses.items()},
-            "expires": _time(signed.expires),
-        }
-    )
+    return json_response(_signed(call, signed))
 
 
 async def download(request: Request, service: Service) -> Response:
@@ -45,3 +40,33 @@ async def download(request: Request, service: Service) -> Response:
     if not stat.S_ISREG(found.st_mode):
         raise NotFound("there is no such file")
     return FileResponse(path, media_type="application/octet-stream", filename=path.name, stat_result=found)
+
+
+async def start_upload(call: Call) -> Response:
+    upload_id, signed = await call.service.uploads.start(call.caller, await call.fields())
+    return json_response({"upload_id": upload_id, **_signed(call, signed)})
+
+
+async def upload(request: Request, service: Service) -> Response:
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Refused("Content-Encoding: send the file as it is")
+    query = request.query_params
+    await service.uploads.put(
+        request.path_params["upload_id"],
+        request.path_params["file"],
+        query.get("expires", ""),
+        query.get("signature", ""),
+        request.stream(),
+    )
+    return json_response({})
+
+
+async def finish_upload(call: Call) -> Response:
+    path = await call.service.uploads.finish(call.caller, (await call.fields()).text("upload_id"))
+    return json_response({"tinker_path": str(path)})
+
+
+def _signed(call: Call, signed: Signed) -> dict[str, object]:
+    root = root_of(call.request, call.service)
+    urls = {name: f"{root}/api/v1/{address}" for name, address in signed.addresses.items()}
+    return {"urls": urls, "expires": _time(signed.expires)}

@@ -66,7 +66,7 @@ def write(
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
         temporary.mkdir(parents=True)
-        _save(temporary / WEIGHTS, _named(layout, state.params))
+        _save(temporary / WEIGHTS, named(layout, state.params))
         if optimizer is not None and state.first is not None:
             moments = {"first": state.first, "second": state.second}
             there = {name: moment for name, moment in moments.items() if moment is not None}
@@ -143,7 +143,7 @@ def read(path: str, layout: Layout, device: torch.device, *, optimizer: bool, gr
     try:
         state = State(torch.empty(layout.size, dtype=torch.float32))
         with safe_open(folder / WEIGHTS, framework="pt") as f:
-            for name, view in _named(layout, state.params).items():
+            for name, view in named(layout, state.params).items():
                 tensor = f.get_tensor(name)
                 if tensor.numel() != view.numel() or tensor.shape[-2:] != view.shape[-2:]:
                     raise FolderError(
@@ -173,7 +173,7 @@ def _fields(state: State) -> list[Any]:
     return [getattr(state, f.name) for f in dataclasses.fields(state)]
 
 
-def _named(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
+def named(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
     """Views of `flat` under the names and in the shapes that the file has."""
     named: dict[str, Tensor] = {}
     views = layout.views(flat)

@@ -52,6 +52,20 @@ class LoraSpec:
     train_unembed: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class ImportAdapter:
+    """Make a checkpoint, the new folder `path`, of the adapter in folder `source`, which may be anything.
+
+    It must be in Tinker's format, for the base model `model` and the adapter that `lora` describes; its
+    alpha may be another one. Answers {"size_bytes": int, "alpha": float}.
+    """
+
+    model: str
+    lora: LoraSpec
+    source: str
+    path: str
+
+
 # Training runs. Every one of these but Release names its seq_id in errors and logs only: order is
 # the order of submission.
 
@@ -261,6 +275,7 @@ Command = (
     | ReleaseSampler
     | Sample
     | Cancel
+    | ImportAdapter
     | GetStatus
 )
 

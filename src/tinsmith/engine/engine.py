@@ -30,6 +30,7 @@ from tinsmith.engine.commands import (
     Failed,
     ForwardBackward,
     GetStatus,
+    ImportAdapter,
     LoadState,
     LoraSpec,
     ModelInfo,
@@ -47,6 +48,7 @@ from tinsmith.engine.commands import (
 from tinsmith.engine.device import pick_device, pick_dtype
 from tinsmith.engine.encryption import read_recipients
 from tinsmith.engine.exactness import settle
+from tinsmith.engine.imports import import_adapter
 from tinsmith.engine.memory import LEAST, Budget, available_memory
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.base import BaseModel
@@ -226,6 +228,10 @@ class Engine:
                 for sampler in self._samplers.values():
                     sampler.cancel(command.request)
                 answer(Done({}))
+            case ImportAdapter():
+                model = self._model(command.model)
+                payload = import_adapter(command.source, command.path, model, command.lora)
+                answer(Done(payload))
             case GetStatus():
                 answer(Done(self.status()))
             case _:

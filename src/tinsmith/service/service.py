@@ -29,6 +29,7 @@ from .sessions import Sessions
 from .signing import Signer
 from .timelines import Timelines
 from .training import Training
+from .uploads import Uploads
 
 log = logging.getLogger("tinsmith.service")
 
@@ -51,6 +52,7 @@ class Service:
         self.catalog = Catalog(self.context, self.runs, self.samplers)
         signer = Signer(settings.data / "url-signing.key")
         self.external = External(self.context, self.catalog, signer, self.audit)
+        self.uploads = Uploads(self.context, self.sessions, signer)
         self.billing = Billing(self.context)
         self.timelines = Timelines(self.context, self.sessions, signer)
         self.started = False
@@ -156,6 +158,7 @@ class Service:
         await self.asides.sweep()
         await self.context.meter.keep_up()
         await self.catalog.sweep()
+        await self.uploads.sweep()
         settings = self.context.settings
         await self.context.traces.sweep(settings.trace_ttl, settings.trace_limit)
         await self.timelines.sweep()
@@ -172,7 +175,7 @@ class Service:
         blobs.sweep_unfinished()
 
         keep = self.context.store.write_now(references.blobs)
-        for kind in ("bodies", "results", "checkpoints", "snapshots", "traces"):
+        for kind in ("bodies", "results", "checkpoints", "snapshots", "traces", "uploads"):
             for key in blobs.keys(kind):
                 if key not in keep:
                     log.info("removing %s, which nothing refers to", key)

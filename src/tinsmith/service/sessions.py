@@ -32,7 +32,7 @@ class Sessions:
         self.on_silence: list[Callable[[str], Awaitable[None]]] = []
 
     async def create(self, caller: Caller, request: CreateSession) -> str:
-        project = await self._project(caller, request.project_id)
+        project = await self.project(caller, request.project_id, "sample", "project_id")
         row = SessionRow(
             id=str(uuid.uuid4()),
             org_id=caller.org_id,
@@ -67,8 +67,8 @@ class Sessions:
         row = self._rows.get(session_id)
         return row if row is not None and scope.sees(row) else None
 
-    async def _project(self, caller: Caller, wanted: str | None) -> str:
-        """The project that a new session goes to, by id or by name."""
+    async def project(self, caller: Caller, wanted: str | None, right: Right, field: str) -> str:
+        """The project that something new goes to, by id or by name; `field` says so in errors."""
         if wanted is None:
             project_id = caller.home
         else:
@@ -76,9 +76,9 @@ class Sessions:
                 lambda connection: projects.find(connection, caller.org_id, wanted)
             )
             if row is None or not caller.rights.get(row.id, caller.elsewhere):
-                raise NotFound(f"project_id: there is no project {wanted[:80]!r}")
+                raise NotFound(f"{field}: there is no project {wanted[:80]!r}")
             project_id = row.id
-        caller.require(project_id, "sample")
+        caller.require(project_id, right)
         return project_id
 
     async def open(self, caller: Caller, session_id: str, right: Right) -> SessionRow:

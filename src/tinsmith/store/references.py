@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from . import checkpoints, commands, runs
+from . import checkpoints, commands, runs, uploads
 
 
 def blobs(connection: sa.Connection) -> set[str]:
     """All keys that some row of some table names."""
-    return commands.blob_keys(connection) | checkpoints.folders(connection) | runs.snapshots(connection)
+    return (
+        commands.blob_keys(connection)
+        | checkpoints.folders(connection)
+        | runs.snapshots(connection)
+        | uploads.folders(connection)
+    )

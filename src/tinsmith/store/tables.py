@@ -360,3 +360,19 @@ limits = Table(
     Column("value", String(32), nullable=False),
     Column("set_at", Float, nullable=False),
 )
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("project_id", ForeignKey("projects.id"), nullable=False),
+    Column("user_id", ForeignKey("users.id"), nullable=False),
+    Column("key_id", ForeignKey("api_keys.id"), nullable=False),
+    Column("base_model", String(1024), nullable=False),
+    Column("lora", Text, nullable=False),
+    Column("folder", String(256), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("path", Text),  # the checkpoint that was made of it
+    Index(None, "created_at"),
+)
