@@ -17,6 +17,7 @@ from .context import Context
 from .errors import NotFound, Refused
 from .metering import entry_cost
 from .prices import GIGABYTE, MONTH_HOURS, Kind, cost, gigabyte_hours
+from .reports import entries
 
 MOST_DAYS = 14
 _DAY = 24 * HOUR
@@ -80,21 +81,12 @@ class Billing:
         caller.require_org("billing")
         _check_window(since, until)
         scope = Scope(caller.org_id, caller.user_id, None)
-        now = time.time()
 
-        def look(connection: Connection) -> tuple[list[Entry], list[Span], int | None, list[User]]:
-            accrued = ledger.accrued_until(connection)
-            begin = max(int(since), accrued) if accrued is not None else int(now)
-            return (
-                ledger.rows(connection, scope, since, until),
-                list(ledger.spans(connection, scope, begin)),
-                begin,
-                _users(connection, caller.org_id),
-            )
+        def look(connection: Connection) -> tuple[list[Entry], list[User]]:
+            found = entries(connection, scope, self._context.meter, since, until)
+            return found, _users(connection, caller.org_id)
 
-        rows, spans, begin, users = await self._context.store.read(look)
-        # Storage of the hour that is under way (and of those that are just being entered).
-        rows += self._context.meter.storage(spans, begin or int(now), min(int(until), int(now)))
+        rows, users = await self._context.store.read(look)
         lines = _lines(rows, {user.id: user for user in users})
         named = sorted({line.session_id for line in lines if line.session_id is not None})
         metadata = await self._context.store.read(

@@ -14,7 +14,18 @@ from typing import Any
 import sqlalchemy as sa
 
 from .scope import Scope
-from .tables import checkpoints, meters, runs, sessions, storage_spans, usage
+from .tables import (
+    api_keys,
+    checkpoints,
+    meters,
+    organizations,
+    projects,
+    runs,
+    sessions,
+    storage_spans,
+    usage,
+    users,
+)
 
 HOUR = 3600
 
@@ -189,3 +200,12 @@ def accrue(connection: sa.Connection, entries: Iterable[Entry], until: int) -> N
     moved = connection.execute(meters.update().where(meters.c.name == "storage").values(value=until))
     if moved.rowcount == 0:
         connection.execute(meters.insert().values(name="storage", value=until))
+
+
+def names(connection: sa.Connection) -> dict[str, dict[str, str]]:
+    """What the operator calls organizations, projects, users and keys, by id."""
+    found = {}
+    for attribute, table in (("org", organizations), ("project", projects), ("user", users), ("key", api_keys)):
+        rows = connection.execute(sa.select(table.c.id, table.c.name))
+        found[attribute] = {str(id_): str(name) for id_, name in rows}
+    return found
