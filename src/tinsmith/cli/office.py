@@ -16,6 +16,7 @@ from typing import TypeAlias
 from tinsmith.service.administration import Administration
 from tinsmith.service.audit import Actor
 from tinsmith.service.key_administration import KeyAdministration
+from tinsmith.service.limit_administration import LimitAdministration
 from tinsmith.service.named import AdminError
 from tinsmith.store import Store
 
@@ -33,6 +34,7 @@ class Office:
         actor = Actor.operator(getpass.getuser())
         self.people = Administration(store, actor)
         self.keys = KeyAdministration(store, actor)
+        self.limits = LimitAdministration(store, actor)
         self._as_json = as_json
 
     def org(self, wanted: str | None) -> str:

@@ -12,14 +12,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TextIO
 
-from tinsmith.service.metering import Meter
+from tinsmith.service.metering import StorageMeter
 from tinsmith.service.prices import KINDS, PricesError, PriceTable, gigabyte_hours, plain
 from tinsmith.service.reports import ATTRIBUTES, PERIODS, Row, add_up, entries, total
 from tinsmith.settings import SettingsError
-from tinsmith.store import ledger
+from tinsmith.store import ledger, reading
 from tinsmith.store.scope import SERVER
 
-from .options import add_settings, open_store, read_settings
+from .options import add_settings, read_settings
 
 _COLUMNS = ("train", "prefill", "cached_prefill", "sample", "checkpoints", "gb_hours", "cost_usd")
 
@@ -48,25 +48,21 @@ def _run(arguments: argparse.Namespace) -> int:
     by = [name.strip() for name in arguments.by.split(",") if name.strip()]
     for name in by:
         if name not in (*PERIODS, *ATTRIBUTES):
-            raise SettingsError(
-                f"by: {name!r} is not known; use of {', '.join((*PERIODS, *ATTRIBUTES))}"
-            )
+            raise SettingsError(f"by: {name!r} is not known; use of {', '.join((*PERIODS, *ATTRIBUTES))}")
     since, until = _window(arguments)
-    only = {
-        name: value for name in (*ATTRIBUTES, "kind") if (value := getattr(arguments, name)) is not None
-    }
+    only = {name: value for name in (*ATTRIBUTES, "kind") if (value := getattr(arguments, name)) is not None}
     settings = read_settings(arguments)
     try:
         prices = PriceTable.read(settings.prices)
     except PricesError as error:
         raise SettingsError(f"prices: {error}") from None
-    store = open_store(settings)
+    storage = StorageMeter(prices)
     try:
-        meter = Meter(store, prices, lambda _: None)  # tokens have their rates already
-        found = store.write_now(lambda connection: entries(connection, SERVER, meter, since, until))
-        names = store.write_now(ledger.names)
-    finally:
-        store.close()
+        with reading.read_only(settings.data / reading.FILE) as connection:
+            found = entries(connection, SERVER, storage, since, until)
+            names = ledger.names(connection)
+    except reading.NoDatabase as error:
+        raise SettingsError(f"data: {error}") from None
     rows = add_up(found, by, only, names)
     if arguments.csv is not None:
         _csv(arguments.csv, by, rows)
@@ -88,15 +84,15 @@ def _window(arguments: argparse.Namespace) -> tuple[float, float]:
 
 
 def _moment(name: str, text: str) -> float:
-    """A date or a time, in UTC where it does not say otherwise; or so many days ago, as -7d."""
+    """A date or a time, in UTC where it does not say otherwise; or so many days ago, as 7d."""
     try:
-        if text.startswith("-") and text.endswith("d"):
-            return (datetime.now(UTC) - timedelta(days=int(text[1:-1]))).timestamp()
+        if text.endswith("d"):
+            return (datetime.now(UTC) - timedelta(days=int(text[:-1]))).timestamp()
         moment = datetime.fromisoformat(text)
         return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         raise SettingsError(
-            f"{name}: must be a time such as 2026-07-13 or 2026-07-13T06:00, not {text!r}"
+            f"{name}: must be a time such as 2026-07-13T06:00, a date, or 7d for a week ago, not {text!r}"
         ) from None
 
 

@@ -83,7 +83,7 @@ class Billing:
         scope = Scope(caller.org_id, caller.user_id, None)
 
         def look(connection: Connection) -> tuple[list[Entry], list[User]]:
-            found = entries(connection, scope, self._context.meter, since, until)
+            found = entries(connection, scope, self._context.meter.storage, since, until)
             return found, _users(connection, caller.org_id)
 
         rows, users = await self._context.store.read(look)

@@ -16,7 +16,7 @@ from typing import cast
 
 from tinsmith.store import Connection, Store, ledger
 from tinsmith.store.ledger import HOUR, Entry, hour_of
-from tinsmith.store.scope import SERVER
+from tinsmith.store.scope import SERVER, Scope
 
 from .limits import Place, Who
 from .prices import KINDS, Kind, PriceTable, add, cost, plain
@@ -38,6 +38,7 @@ class Meter:
         """`active_parameters` says how many parameters of a served model a token meets."""
         self._store = store
         self.prices = prices
+        self.storage = StorageMeter(prices)
         self._active_parameters = active_parameters
         self._month = 0
         self._accrued = 0  # the hour in which storage was last entered
@@ -74,10 +75,7 @@ class Meter:
         ]
 
     def _rate(self, kind: Kind, model: str, hour: int) -> str:
-        of_model = kind not in ("storage", "checkpoint")
-        parameters = self._active_parameters(model) if of_model else None
-        rate = self.prices.rate(kind, model, parameters, hour)
-        return plain(rate) if rate is not None else ""
+        return _rate_text(self.prices, kind, model, self._active_parameters(model), hour)
 
     async def enter(self, entries: Sequence[Entry]) -> None:
         """Write entries into the ledger by themselves."""
@@ -106,7 +104,7 @@ class Meter:
             _add_to(self._owed, entry, sign)
 
     def _turn_page(self) -> None:
-        month = _month_of(time.time())
+        month = month_of(time.time())
         if month != self._month:
             self._month = month
             self._spent = {}
@@ -118,14 +116,9 @@ class Meter:
         self._accrued = hour_of(time.time())
         while await self._store.write(self._accrue):
             pass
-        month = _month_of(time.time())
-        sums = await self._store.read(lambda connection: ledger.sums(connection, SERVER, month, _FOREVER))
-        self._month, self._spent = month, {}
-        for each in sums:
-            rate = Decimal(each.rate) if each.rate else None
-            amount = cost(cast(Kind, each.kind), each.quantity, rate) or ZERO
-            for place in ((each.org_id, ""), (each.org_id, each.project_id)):
-                self._spent[place] = add(self._spent.get(place, ZERO), amount)
+        month = month_of(time.time())
+        spent = await self._store.read(lambda connection: spent_by_place(connection, SERVER, month))
+        self._month, self._spent = month, spent
 
     def _accrue(self, connection: Connection) -> bool:
         """Whether there is more."""
@@ -137,16 +130,23 @@ class Meter:
         until = min(now, since + _HOURS_AT_ONCE * HOUR)
         if until <= since:
             return False
-        entries = self.storage(list(ledger.spans(connection, SERVER, since)), since, until)
+        entries = self.storage.entries(list(ledger.spans(connection, SERVER, since)), since, until)
         ledger.accrue(connection, entries, until)
         return until < now
 
-    def storage(self, spans: Sequence[ledger.Span], since: int, until: int) -> list[Entry]:
+
+class StorageMeter:
+    """Makes entries of checkpoints' lives."""
+
+    def __init__(self, prices: PriceTable) -> None:
+        self._prices = prices
+
+    def entries(self, spans: Sequence[ledger.Span], since: int, until: int) -> list[Entry]:
         """What checkpoints come to in the hours of [since, until), each by its own rate. `until` may
         lie within an hour."""
         found: dict[Entry, int] = {}
         for hour in range(since, until, HOUR):
-            rate = self._rate("storage", "", hour)
+            rate = _rate_text(self._prices, "storage", None, None, hour)
             for span in spans:
                 quantity = span.byte_seconds(hour, min(hour + HOUR, until))
                 if quantity:
@@ -166,6 +166,13 @@ class Meter:
         return [_with(row, quantity) for row, quantity in found.items()]
 
 
+def _rate_text(
+    prices: PriceTable, kind: Kind, model: str | None, active_parameters: int | None, hour: int
+) -> str:
+    rate = prices.rate(kind, model, active_parameters, hour)
+    return plain(rate) if rate is not None else ""
+
+
 def _with(row: Entry, quantity: int) -> Entry:
     values = {name: getattr(row, name) for name in Entry.__dataclass_fields__}
     return Entry(**{**values, "quantity": quantity})
@@ -174,6 +181,17 @@ def _with(row: Entry, quantity: int) -> Entry:
 def entry_cost(entry: Entry) -> Decimal | None:
     """Dollars, or None for what had no price."""
     return cost(cast(Kind, entry.kind), entry.quantity, Decimal(entry.rate) if entry.rate else None)
+
+
+def spent_by_place(connection: Connection, scope: Scope, since: int) -> dict[Place, Decimal]:
+    """Dollars by organization and project, of the hours from `since` on."""
+    spent: dict[Place, Decimal] = {}
+    for each in ledger.sums(connection, scope, since, _FOREVER):
+        rate = Decimal(each.rate) if each.rate else None
+        amount = cost(cast(Kind, each.kind), each.quantity, rate) or ZERO
+        for place in ((each.org_id, ""), (each.org_id, each.project_id)):
+            spent[place] = add(spent.get(place, ZERO), amount)
+    return spent
 
 
 def _add_to(sums: dict[Place, Decimal], entry: Entry, sign: int = 1) -> None:
@@ -187,7 +205,7 @@ def _add_to(sums: dict[Place, Decimal], entry: Entry, sign: int = 1) -> None:
                 sums.pop(place, None)
 
 
-def _month_of(seconds: float) -> int:
+def month_of(seconds: float) -> int:
     """When the calendar month (UTC) of a time began."""
     moment = datetime.fromtimestamp(seconds, UTC)
     return int(datetime(moment.year, moment.month, 1, tzinfo=UTC).timestamp())

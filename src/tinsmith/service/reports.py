@@ -13,7 +13,7 @@ from tinsmith.store import Connection, ledger
 from tinsmith.store.ledger import Entry
 from tinsmith.store.scope import Scope
 
-from .metering import Meter, entry_cost
+from .metering import StorageMeter, entry_cost
 from .prices import KINDS, Kind, add
 
 ATTRIBUTES = ("org", "project", "session", "user", "key", "model")
@@ -41,14 +41,16 @@ class Row:
             self.unpriced = True
 
 
-def entries(connection: Connection, scope: Scope, meter: Meter, since: float, until: float) -> list[Entry]:
+def entries(
+    connection: Connection, scope: Scope, storage: StorageMeter, since: float, until: float
+) -> list[Entry]:
     """The ledger of the hours that begin in [since, until), with the storage of the hour under way."""
     now = int(time.time())
     accrued = ledger.accrued_until(connection)
     begin = max(ledger.hour_of(since), accrued if accrued is not None else ledger.hour_of(now))
     found = ledger.rows(connection, scope, since, until)
     end = min(int(until), now)
-    return found + meter.storage(list(ledger.spans(connection, scope, begin)), begin, end)
+    return found + storage.entries(list(ledger.spans(connection, scope, begin)), begin, end)
 
 
 def add_up(found: Sequence[Entry], by: Sequence[str], only: Mapping[str, str], names: Names) -> list[Row]:

@@ -205,7 +205,12 @@ def accrue(connection: sa.Connection, entries: Iterable[Entry], until: int) -> N
 def names(connection: sa.Connection) -> dict[str, dict[str, str]]:
     """What the operator calls organizations, projects, users and keys, by id."""
     found = {}
-    for attribute, table in (("org", organizations), ("project", projects), ("user", users), ("key", api_keys)):
+    for attribute, table in (
+        ("org", organizations),
+        ("project", projects),
+        ("user", users),
+        ("key", api_keys),
+    ):
         rows = connection.execute(sa.select(table.c.id, table.c.name))
         found[attribute] = {str(id_): str(name) for id_, name in rows}
     return found
