@@ -50,6 +50,7 @@ from tinsmith.engine.encryption import read_recipients
 from tinsmith.engine.exactness import settle
 from tinsmith.engine.imports import import_adapter
 from tinsmith.engine.memory import LEAST, Budget, available_memory
+from tinsmith.engine.metrics import Metrics
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.checks import check
@@ -113,16 +114,15 @@ class Engine:
         self.runs: dict[str, Run] = {}
         self.snapshots = Snapshots(Path(config.spill_dir))
         self.shares = Shares()
+        self.metrics = Metrics()
+        cache = self.budget.cache // len(self.models)
         self._samplers = {
-            name: Sampler(
-                model, self.budget.cache // len(self.models), self.shares, copies=self.budget.copies
-            )
+            name: Sampler(model, cache, self.shares, self.metrics, copies=self.budget.copies)
             for name, model in self.models.items()
         }
         self._pass_costs = {False: Costs(), True: Costs()}  # by forward_only
         self._turn: deque[str] = deque()  # runs, the one served longest ago first
         self._clock = 0
-        self._trained_tokens = 0
 
     # What it is
 
@@ -188,7 +188,10 @@ class Engine:
             "adapter_budget_bytes": self.budget.adapters,
             "cache_budget_bytes": self.budget.cache,
             "model_bytes": sum(m.nbytes for m in self.models.values()),
-            "trained_tokens": self._trained_tokens,
+            "cache_used_bytes": sum(s.pool.used * s.pool.page_bytes for s in self._samplers.values()),
+            "sequences_running": sum(len(s.running) for s in self._samplers.values()),
+            "sequences_waiting": sum(len(s.waiting) for s in self._samplers.values()),
+            **self.metrics.figures(),
         }
 
     # Commands
@@ -351,8 +354,10 @@ class Engine:
                     answer(replace(self._execute(run, command), times={"started": began}))
                 except Exception as error:
                     answer(_failed(f"{type(command).__name__} of run {run.name}", error))
+            seconds = time.perf_counter() - started
+            if isinstance(command, OptimStep):
+                self.metrics.optim_step_seconds.observe(seconds)
             if self.shares.several:
-                seconds = time.perf_counter() - started
                 self.shares.charge(seconds, {run.share.key: seconds})
         return done
 
@@ -475,6 +480,8 @@ class Engine:
             rows[job.key] += job.cuts[index].rows
         costs = self._pass_costs[jobs[0].forward_only]
         costs.observe(rows.total(), seconds)
+        self.metrics.train_pass_seconds.observe(seconds)
+        self.metrics.train_pass_fill.observe(rows.total() / limit)
         self.shares.charge(
             seconds, {key: costs.estimate(own, rows.total(), seconds) for key, own in rows.items()}
         )
@@ -508,7 +515,7 @@ class Engine:
             if job.gradients is not None:
                 run.accumulate(job.gradients)
                 self._make_room(keep=run.name)
-            self._trained_tokens += job.tokens
+            self.metrics.tokens["train"] += job.tokens
             job.answer(Done(payload, {"train": job.tokens}, {"started": job.started}))
 
     # Memory

@@ -25,6 +25,7 @@ from tinsmith.engine.aside import record
 from tinsmith.engine.commands import Done, Failed, Reply, Sample, SampleParams
 from tinsmith.engine.generic import CachePool, SampledApart
 from tinsmith.engine.kv_cache import PagePool, chain, root
+from tinsmith.engine.metrics import Metrics
 from tinsmith.engine.model.attention import PAGE, pad_rows
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
@@ -66,6 +67,7 @@ class _Request:
     cached: int = 0  # prompt tokens that the cache had when the request was first admitted
     prefilled: int = 0  # prompt tokens that have been computed or found in the cache
     times: dict[str, float] = field(default_factory=dict)
+    added: float = field(default_factory=time.time)
 
     @property
     def serial(self) -> int:
@@ -115,11 +117,18 @@ class Sampler:
     """All sampling of one base model, with any mix of adapters."""
 
     def __init__(
-        self, model: BaseModel, cache_bytes: int, shares: Shares | None = None, *, copies: bool = True
+        self,
+        model: BaseModel,
+        cache_bytes: int,
+        shares: Shares | None = None,
+        metrics: Metrics | None = None,
+        *,
+        copies: bool = True,
     ) -> None:
         """copies: whether to make copies of the weights that sampling is faster with, when it begins."""
         self.model = model
         self.shares = shares or Shares()
+        self.metrics = metrics or Metrics()
         self.copies = copies
         self.program: Program | None = None
         self.states: StatePool | CachePool | None = None
@@ -132,7 +141,6 @@ class Sampler:
         self.waiting: Waiting[_Sequence] = Waiting(self.shares)
         self.running: list[_Sequence] = []
         self.requests: dict[str, _Request] = {}
-        self.sampled_tokens = 0
         self.stuck = False  # whether the last step found nothing that it could compute
         self._costs = Costs()
 
@@ -202,6 +210,7 @@ class Sampler:
         self.stuck = not plan
         if plan:
             started = time.perf_counter()
+            self.metrics.sample_step_fill.observe(len(plan) / RUNNING)
             keys = self._rows_by_key(plan)
             try:
                 self._advance(plan)
@@ -221,6 +230,7 @@ class Sampler:
 
     def _charge(self, keys: Counter[str], seconds: float) -> None:
         whole = keys.total()
+        self.metrics.sample_step_seconds.observe(seconds)
         self._costs.observe(whole, seconds)
         self.shares.charge(
             seconds, {key: self._costs.estimate(rows, whole, seconds) for key, rows in keys.items()}
@@ -293,6 +303,7 @@ class Sampler:
         if fresh and sequence.index == 0 and not request.prefilled:
             # Not when it comes back after it had to make room: then the pages may be its own.
             request.cached = request.prefilled = min(sequence.computed, len(request.prompt))
+            self.metrics.tokens["cached_prefill"] += request.cached
 
     def _plan(self) -> list[tuple[_Sequence, int]]:
         """(sequence, new tokens) of this step, each with its pages; the youngest make room for the older."""
@@ -363,6 +374,7 @@ class Sampler:
 
     def _put_off(self, sequence: _Sequence) -> None:
         """Free a sequence's pages; it is computed again when there is room."""
+        self.metrics.put_off += 1
         self._free(sequence)
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
@@ -430,8 +442,10 @@ class Sampler:
         for sequence, row, count in placed:
             if sequence.index == 0 and not sequence.logprobs:
                 self._score_prompt(sequence, hidden, row, count)
-            sequence.computed += count
             request = sequence.request
+            of_prompt = min(sequence.computed + count, len(request.prompt)) - sequence.computed
+            self.metrics.tokens["prefill"] += max(of_prompt, 0)
+            sequence.computed += count
             request.prefilled = max(request.prefilled, min(sequence.computed, len(request.prompt)))
             self._make_known(sequence)
             if sequence.computed == len(sequence.tokens):
@@ -498,13 +512,16 @@ class Sampler:
             draws = uniforms([p.seed for p in params], [s.index for s in part], [len(s.tokens) for s in part])
             drawn = sample(own, params, draws, max(s.request.command.topk_sample for s in part))
             now = time.time()
+            self.metrics.tokens["sample"] += len(part)
             for i, (sequence, token, logprob) in enumerate(
                 zip(part, drawn.tokens, drawn.logprobs, strict=True)
             ):
                 request = sequence.request
                 sequence.tokens.append(token)
                 sequence.logprobs.append(logprob)
-                request.times.setdefault("first_token", now)
+                if "first_token" not in request.times:
+                    request.times["first_token"] = now
+                    self.metrics.first_token_seconds.observe(max(0.0, now - request.added))
                 shown = request.command.topk_sample
                 if shown and drawn.likeliest is not None:
                     sequence.topk.append((drawn.likeliest[0][i, :shown], drawn.likeliest[1][i, :shown]))
@@ -600,7 +617,6 @@ class Sampler:
                     f"the sampled sequences could not be recorded: {error.strerror or error}", "server"
                 )
         usage = request.usage
-        self.sampled_tokens += usage["sample"]
         return Done(encode_response(sampled, request.scores.answers(), request.cached), usage, request.times)
 
 
