@@ -59,6 +59,8 @@ def test_what_a_crash_left_half_written_is_swept(tmp_path: Path) -> None:
     blobs = LocalBlobs(tmp_path)
     blobs.put("bodies/whole", b"x")
     (tmp_path / "bodies" / ".part-1").write_bytes(b"y")
+    (tmp_path / "bodies" / ".folder.partial").mkdir()  # an engine's, that was being written
+    (tmp_path / "bodies" / ".folder.partial" / "weights").write_bytes(b"z")
     assert list(blobs.keys("bodies")) == ["bodies/whole"]
     blobs.sweep_unfinished()
     assert [path.name for path in (tmp_path / "bodies").iterdir()] == ["whole"]

@@ -65,8 +65,8 @@ class LocalBlobs:
                     yield f"{kind}/{entry.name}"
 
     def sweep_unfinished(self) -> None:
-        """Remove what a crash left half written."""
-        for part in self._folder.glob(f"*/{_UNFINISHED}*"):
+        """Remove what a crash left half written, here or by an engine: names with a dot before them."""
+        for part in self._folder.glob("*/.*"):
             if part.is_dir():
                 shutil.rmtree(part, ignore_errors=True)
             else:

@@ -116,11 +116,24 @@ def _values(tensor: _Tensor, adapter: Adapter) -> Iterator[Tensor]:
         for expert, own in enumerate(_experts(weights, tensor.dtype)):
             yield (own.float() + adapter.delta(target, expert)).to(tensor.dtype)
         return
-    delta = adapter.delta(target, piece.expert)
-    delta = delta if piece.rows is None else delta[slice(*piece.rows)]
-    made = torch.empty(shape, dtype=tensor.dtype)
+    left, right = adapter.sides(target, piece.expert)
+    left = left if piece.rows is None else left[slice(*piece.rows)]
+    for first, rows in _rows(weights, tensor.dtype):
+        merged = rows.float().addmm_(left[first : first + len(rows)], right, alpha=adapter.scale)
+        yield merged.to(tensor.dtype)
+
+
+def _rows(weights: Weights, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Some rows of a matrix at a time: (the first one, them)."""
+    columns = weights.shape[1]
+    if isinstance(weights, Stored):
+        for at, flat in weights.pieces(max(1, PIECE // columns) * columns):
+            yield at // columns, flat.view(-1, columns)
+        return
+    made = torch.empty(weights.shape, dtype=dtype)
     weights.read(made)
-    yield (made.float() + delta).to(tensor.dtype)
+    for first in range(0, len(made), max(1, PIECE // columns)):
+        yield first, made[first : first + max(1, PIECE // columns)]
 
 
 def _experts(weights: Weights, dtype: torch.dtype) -> Iterator[Tensor]:

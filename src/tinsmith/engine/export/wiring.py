@@ -168,9 +168,14 @@ class Adapter:
     def delta(self, target: Target, expert: int | None) -> Tensor:
         """What the adapter adds to the weight, or to that of one expert: fp32 [out, in], or [in, out] if
         transposed."""
-        a, b = self._side_by_side(target, expert)
+        b, a = self.sides(target, expert)
         product = (b @ a) * self.scale
         return product.T if target.transposed else product
+
+    def sides(self, target: Target, expert: int | None) -> tuple[Tensor, Tensor]:
+        """(B [out, r], A [r, in]) of the whole weight, or of one expert's, not scaled."""
+        a, b = self._side_by_side(target, expert)
+        return b, a
 
     def part(self, part: Part, expert: int | None) -> tuple[Tensor, Tensor]:
         """(A [r, in], B [out, r]) of one matrix of the adapter, or of one expert's."""
