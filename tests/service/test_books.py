@@ -161,7 +161,7 @@ def test_the_ledger_is_what_the_clients_got(server: Server) -> None:
     for tenant in (first, second):
         for _ in range(6):
             tenant.train(30, 30)
-            tenant.sample(40, 60)
+            tenant.sample(40, 400, n=8)
     server.kill_engine()
     lost = [*first.fetch_all(), *second.fetch_all()]
     assert not all(lost)
