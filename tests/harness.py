@@ -143,6 +143,10 @@ class Server:
     def new_key(self, name: str, *options: str) -> str:
         return self.operate("keys", "create", name, *options)
 
+    def new_project(self, org: str, name: str) -> None:
+        """A project in which every member of the organization may work."""
+        self.operate("project", "create", name, "--org", org, "--everyone", "member")
+
 
 class Raw:
     """HTTP without the SDK, for what the SDK would never send."""

@@ -39,6 +39,7 @@ TENANTS = {
     "commands",
     "checkpoints",
     "sampling_sessions",
+    "session_metadata",
     "usage",
     "storage_spans",
     "limits",
@@ -49,7 +50,7 @@ TENANTS = {
 # Statements that take no scope: they change one row by the id that a scoped lookup gave, or they are
 # the server's housekeeping over everybody's rows, whose answers reach no caller.
 UNSCOPED = {
-    "sessions.finish",
+    "sessions.finish", "sessions.failed", "sessions.move",
     "runs.add", "runs.set_state", "runs.set_snapshot", "runs.drop_snapshots", "runs.snapshots", "runs.touch",
     "commands.add", "commands.finish", "commands.fetched", "commands.drop_results",
     "commands.drop_replayable_bodies", "commands.blob_keys",

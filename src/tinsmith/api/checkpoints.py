@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from starlette.responses import Response
 
 from tinsmith.service.catalog import Checkpoint, RunView
@@ -11,13 +9,16 @@ from tinsmith.wire.optimizers import config_of
 from tinsmith.wire.paths import TinkerPath
 from tinsmith.wire.requests import HOUR, TEN_YEARS
 
-from .http import Call, json_response
+from .http import Call, iso_time, json_response
 from .sessions import _texts
 
 
 async def list_runs(call: Call) -> Response:
     limit, offset = call.page()
-    views, total = await call.service.catalog.list_runs(call.caller, limit, offset)
+    project = call.request.query_params.get("project_id")
+    views, total = await call.service.catalog.list_runs(
+        call.caller, limit, offset, own=call.owned, project=project
+    )
     return json_response(
         {
             "training_runs": [_run(view, call.caller.org_name) for view in views],
@@ -99,7 +100,7 @@ def _run(view: RunView, owner: str) -> dict[str, object]:
         "is_lora": True,
         "corrupted": view.lost,
         "lora_rank": row.lora.get("rank"),
-        "last_request_time": _time(view.last_request_at),
+        "last_request_time": iso_time(view.last_request_at),
         "last_checkpoint": _checkpoint(view.newest) if view.newest is not None else None,
         "last_sampler_checkpoint": _checkpoint(view.newest_sampler) if view.newest_sampler else None,
         "user_metadata": _texts(row.user_metadata),
@@ -110,14 +111,10 @@ def _checkpoint(row: Checkpoint) -> dict[str, object]:
     return {
         "checkpoint_id": row.path.checkpoint_id,
         "checkpoint_type": row.kind,
-        "time": _time(row.created_at),
+        "time": iso_time(row.created_at),
         "tinker_path": str(row.path),
         "size_bytes": row.size_bytes,
         "public": row.published_at is not None,
         "user_metadata": row.user_metadata,
-        "expires_at": _time(row.expires_at) if row.expires_at is not None else None,
+        "expires_at": iso_time(row.expires_at) if row.expires_at is not None else None,
     }
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat()

@@ -14,8 +14,7 @@ from tinsmith.service.external import Signed
 from tinsmith.service.service import Service
 from tinsmith.wire.paths import TinkerPath
 
-from .checkpoints import _time
-from .http import Call, json_response, root_of
+from .http import Call, iso_time, json_response, root_of
 
 
 async def urls(call: Call) -> Response:
@@ -69,4 +68,4 @@ async def finish_upload(call: Call) -> Response:
 def _signed(call: Call, signed: Signed) -> dict[str, object]:
     root = root_of(call.request, call.service)
     urls = {name: f"{root}/api/v1/{address}" for name, address in signed.addresses.items()}
-    return {"urls": urls, "expires": _time(signed.expires)}
+    return {"urls": urls, "expires": iso_time(signed.expires)}

@@ -67,8 +67,13 @@ def service_error(error: errors.ServiceError) -> Response:
     return answer
 
 
+def iso_time(seconds: float) -> str:
+    """A time in answers: ISO 8601, UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
 def time_text(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
+    return None if seconds is None else iso_time(seconds)
 
 
 @dataclass(slots=True)
@@ -98,6 +103,14 @@ class Call:
             _query_integer(self.request, "limit", limit, 1, most),
             _query_integer(self.request, "offset", 0, 0, 2**62),
         )
+
+    @property
+    def owned(self) -> bool:
+        """Whether a listing shall have the caller's own things alone."""
+        scope = self.request.query_params.get("access_scope", "accessible")
+        if scope not in ("owned", "accessible"):
+            raise errors.Refused(f"access_scope: must be owned or accessible, not {scope[:60]!r}")
+        return scope == "owned"
 
     async def fields(self) -> Fields:
         """The body, as a JSON object."""

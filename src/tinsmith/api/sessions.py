@@ -7,9 +7,12 @@ from starlette.responses import FileResponse, Response
 
 from tinsmith.service.errors import Gone
 from tinsmith.service.service import Service
+from tinsmith.service.sessions import FoundSession
 from tinsmith.wire.requests import CreateSession, FinishSession
+from tinsmith.wire.session_search import SessionSearch
+from tinsmith.wire.urns import user_urn
 
-from .http import Call, json_response, root_of
+from .http import Call, iso_time, json_response, root_of
 
 
 async def create(call: Call) -> Response:
@@ -48,14 +51,48 @@ async def get(call: Call) -> Response:
             "sampler_ids": samplers,
             "user_metadata": _texts(row.user_metadata),
             "display_name": row.display_name,
+            # What the SDK does not ask for, and other clients may:
+            "project_id": row.project_id,
+            "status": call.service.sessions.status(row),
         }
     )
 
 
 async def list_(call: Call) -> Response:
     limit, offset = call.page()
-    rows = await call.service.sessions.page(call.caller, limit, offset)
+    rows = await call.service.sessions.page(call.caller, limit, offset, own=call.owned)
     return json_response({"sessions": [row.id for row in rows]})
+
+
+async def search(call: Call) -> Response:
+    wanted = SessionSearch.read(await call.fields())
+    found, more = await call.service.sessions.search(call.caller, wanted)
+    cursor: dict[str, str] | None = None
+    if more:
+        last = found[-1].row
+        cursor = {"last_created_at": iso_time(last.created_at), "last_session_id": last.id}
+    return json_response({"sessions": [_summary(call, each) for each in found], "next_cursor": cursor})
+
+
+async def move(call: Call) -> Response:
+    project = (await call.fields()).text("project_id")
+    await call.service.sessions.move(call.caller, call.path("session_id"), project)
+    return json_response({})
+
+
+def _summary(call: Call, found: FoundSession) -> dict[str, object]:
+    row = found.row
+    return {
+        "session_id": row.id,
+        "created_at": iso_time(row.created_at),
+        "owner": user_urn(row.user_id),
+        "project_id": row.project_id,
+        "status": call.service.sessions.status(row),
+        "checkpoints_count": found.checkpoints,
+        "checkpoint_storage_bytes": found.checkpoint_bytes,
+        "display_name": row.display_name,
+        "user_metadata": row.texts,
+    }
 
 
 async def export_trace(call: Call) -> Response:

@@ -19,6 +19,7 @@ from .context import Context
 from .errors import NotFound, Refusal
 from .runs import Runs
 from .samplers import Samplers
+from .sessions import Sessions
 from .steps import Source, find_checkpoint
 
 Checkpoint = CheckpointRow
@@ -36,8 +37,9 @@ class RunView:
 
 
 class Catalog:
-    def __init__(self, context: Context, runs: Runs, samplers: Samplers) -> None:
+    def __init__(self, context: Context, sessions: Sessions, runs: Runs, samplers: Samplers) -> None:
         self._context = context
+        self._sessions = sessions
         self._runs = runs
         self._samplers = samplers
 
@@ -45,9 +47,15 @@ class Catalog:
         run = await self._runs.get(caller, run_id)
         return (await self._views([run.row]))[0]
 
-    async def list_runs(self, caller: Caller, limit: int, offset: int) -> tuple[list[RunView], int]:
+    async def list_runs(
+        self, caller: Caller, limit: int, offset: int, *, own: bool, project: str | None
+    ) -> tuple[list[RunView], int]:
+        """The newest first, of all that the caller may see or of its own, everywhere or in one project."""
+        scope = caller.scope().mine() if own else caller.scope()
+        if project is not None:
+            scope = scope.within(await self._sessions.listable(caller, project, "project_id"))
         rows, total = await self._context.store.read(
-            lambda connection: runs.page(connection, caller.scope(), limit, offset)
+            lambda connection: runs.page(connection, scope, limit, offset)
         )
         return await self._views(rows), total
 

@@ -9,13 +9,15 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 
-from tinsmith.store import Connection, commands, ledger
+from tinsmith.store import Connection, commands, ledger, sessions
 from tinsmith.store.commands import CommandRow, ResultType
 from tinsmith.store.ledger import Entry
 
 from .context import Context
 from .errors import NotFound
 from .futures import Failure, Outcome, PendingRequest, Result
+from .session_status import failure_of_request, failure_of_run
+from .steps import CREATES
 
 log = logging.getLogger("tinsmith.service.recorder")
 
@@ -91,7 +93,7 @@ class Recorder:
 
         def write(connection: Connection) -> object:
             answer = extra(connection) if extra is not None else None
-            first = commands.finish(
+            kind = commands.finish(
                 connection,
                 request.request_id,
                 now=time.time(),
@@ -102,8 +104,10 @@ class Recorder:
                 error=error,
                 category=category,
             )
-            if first:
+            if kind is not None:
                 ledger.add(connection, used)
+            if error is not None and kind is not None:
+                note_failure(connection, request.request_id, kind, category or "server", error)
             return answer
 
         answer = await self._context.store.write(write)
@@ -135,6 +139,16 @@ class Recorder:
             fetched, self._fetched = self._fetched, set()
             now = time.time()
             self._context.store.write_soon(lambda connection: commands.fetched(connection, fetched, now))
+
+
+def note_failure(connection: Connection, request_id: str, kind: str, category: str, message: str) -> None:
+    """Tell the session of a training request that failed or was refused."""
+    run_id = request_id.rpartition(":")[0]
+    if kind in CREATES:
+        failure = failure_of_run(run_id, category, message)
+    else:
+        failure = failure_of_request(request_id, kind, category, message)
+    sessions.failed(connection, run_id.partition(":train:")[0], failure)
 
 
 def _encode(payload: dict[str, object]) -> bytes:

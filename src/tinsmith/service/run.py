@@ -21,11 +21,11 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tinsmith.engine.commands import Category, Done, EngineLost, Failed, Reply
-from tinsmith.store import Connection, checkpoints, runs
+from tinsmith.store import Connection, checkpoints, runs, sessions
 from tinsmith.store.runs import RunRow
 from tinsmith.store.scope import SERVER
 
@@ -35,6 +35,7 @@ from .errors import Refusal
 from .futures import Failure, Pending, PendingRequest, Result
 from .limits import Reached, Who
 from .recorder import Recorder
+from .session_status import failure_of_run
 from .steps import CREATES, Saves, Step, StepMaker
 
 log = logging.getLogger("tinsmith.service.run")
@@ -329,6 +330,11 @@ class Run:
     def _become_lost(self) -> None:
         if self.phase == "live":
             self.phase = "lost"
+            message = "the engine that held this training run stopped, and its state is lost"
+            failure = failure_of_run(self.row.id, "server", message)
+            self._context.store.write_soon(
+                lambda connection: sessions.failed(connection, self.row.session_id, failure, lost=True)
+            )
 
     async def _why_not(self) -> str:
         if self.phase == "lost":
@@ -418,6 +424,10 @@ class Run:
         self._watch_for_gap()
         for entry in behind.values():
             await self._fail(entry, None)
+
+    def move(self, project_id: str) -> None:
+        """Its session was put into another project."""
+        self.row = self._steps.run = replace(self.row, project_id=project_id)
 
     def hold(self) -> None:
         """Hand no more over: the server stops. What waits is in the log, and goes on after the start."""

@@ -20,7 +20,7 @@ from .caller import Caller
 from .context import Context
 from .errors import NotFound, OverBudget, Unwritable
 from .futures import Failure, Outcome, Pending, PendingRequest
-from .recorder import INLINE, Recorder
+from .recorder import INLINE, Recorder, note_failure
 from .run import Entry, Run
 from .sessions import Sessions
 
@@ -45,6 +45,7 @@ class Runs:
         self._used: dict[str, float] = {}
         sessions.on_finish.append(self._session_finished)
         sessions.on_silence.append(self._session_silent)
+        sessions.on_move.append(self._session_moved)
         context.engine.on_lost(self._engine_lost)
 
     # Into the log
@@ -59,6 +60,7 @@ class Runs:
             if not runs.add(connection, row):
                 return False
             commands.add(connection, command)
+            self._note(connection, command)
             return True
 
         async def create() -> None:
@@ -114,7 +116,7 @@ class Runs:
         try:
             if command.body_key is not None:
                 await asyncio.to_thread(self._context.blobs.put, command.body_key, body)
-            taken = await self._context.write(lambda connection: commands.add(connection, command))
+            taken = await self._context.write(lambda connection: self._add(connection, command))
         except (Unwritable, OSError) as error:
             # An HTTP error would leave the SDK waiting for the chunks behind this one. What could not be
             # logged has its place and its outcome in memory alone.
@@ -129,6 +131,20 @@ class Runs:
         elif command.body_key is not None:
             await asyncio.to_thread(self._context.blobs.delete, command.body_key)
         return taken or command.request_id
+
+    def _add(self, connection: Connection, command: CommandRow) -> str | None:
+        taken = commands.add(connection, command)
+        if taken is None:
+            self._note(connection, command)
+        return taken
+
+    @staticmethod
+    def _note(connection: Connection, command: CommandRow) -> None:
+        """Where it is refused, its session is told."""
+        if command.error is not None:
+            note_failure(
+                connection, command.request_id, command.kind, command.category or "server", command.error
+            )
 
     def _trace(self, row: RunRow, command: CommandRow, body: bytes) -> None:
         self._context.traces.accepted(
@@ -259,6 +275,10 @@ class Runs:
         # Nothing goes on from here: what was put away is of no use any more.
         for key in await self._context.store.write(partial(runs.drop_snapshots, session_id=session_id)):
             await asyncio.to_thread(self._context.blobs.delete, key)
+
+    def _session_moved(self, session_id: str, project_id: str) -> None:
+        for run in self._of_session(session_id):
+            run.move(project_id)
 
     async def _session_silent(self, session_id: str) -> None:
         for run in self._of_session(session_id):

@@ -17,7 +17,7 @@ from typing import Any
 
 from tinsmith.engine.commands import Cancel, EngineLost, Failed, ModelInfo, SampleParams
 from tinsmith.engine.commands import Sample as EngineSample
-from tinsmith.store import WriteFailed
+from tinsmith.store import WriteFailed, sessions
 from tinsmith.store.ledger import Entry
 from tinsmith.store.samplers import SamplingSessionRow
 from tinsmith.store.scope import Owned, Owner
@@ -32,6 +32,7 @@ from .errors import Gone
 from .futures import Failure, Lost, Outcome, Pending, PendingRequest, Result
 from .limits import Who
 from .samplers import Samplers, quietly
+from .session_status import failure_of_request
 from .sessions import Sessions
 
 log = logging.getLogger("tinsmith.service.sampling")
@@ -149,7 +150,16 @@ class Sampling:
             outcome = Failure(f"the server failed: {error}", "server")
             self._end(sample, outcome)
             raise
+        cancelled = sample.ended
         self._end(sample, outcome)
+        if not cancelled and isinstance(outcome, Failure) and sample.session_id is not None:
+            session_id = sample.session_id
+            failure = failure_of_request(
+                sample.request.request_id, "sample", outcome.category, outcome.message
+            )
+            self._context.store.write_soon(
+                lambda connection: sessions.failed(connection, session_id, failure)
+            )
 
     async def _outcome_of(
         self, sample: _Sample, row: SamplingSessionRow, model: ModelInfo, request: SampleRequest

@@ -49,7 +49,7 @@ class Service:
         self.runs = Runs(self.context, self.sessions, self.samplers.published)
         self.training = Training(self.context, self.sessions, self.keys, self.runs, self.audit)
         self.asides = Asides(self.context, self.sessions)
-        self.catalog = Catalog(self.context, self.runs, self.samplers)
+        self.catalog = Catalog(self.context, self.sessions, self.runs, self.samplers)
         signer = Signer(settings.data / "url-signing.key")
         self.external = External(self.context, self.catalog, signer, self.audit)
         self.uploads = Uploads(self.context, self.sessions, signer)

@@ -12,15 +12,21 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 
-from tinsmith.store import projects, sessions
+from tinsmith.store import Connection, projects, session_search, sessions
 from tinsmith.store.scope import SERVER, Scope
+from tinsmith.store.session_search import FoundSession
 from tinsmith.store.sessions import SessionRow
 from tinsmith.wire.requests import CreateSession, FinishSession
+from tinsmith.wire.session_search import SessionSearch
 
 from .access import Right
+from .audit import Actor, record
 from .caller import Caller
 from .context import Context
-from .errors import Gone, NotFound
+from .errors import Forbidden, Gone, NotFound
+from .session_status import status_of
+
+__all__ = ["FoundSession", "Sessions"]
 
 
 class Sessions:
@@ -29,6 +35,7 @@ class Sessions:
         self._rows: dict[str, SessionRow] = {}
         self._seen: dict[str, float] = {}  # monotonic; sessions whose clients are taken for alive
         self.on_finish: list[Callable[[str], Awaitable[None]]] = []
+        self.on_move: list[Callable[[str, str], None]] = []
         self.on_silence: list[Callable[[str], Awaitable[None]]] = []
 
     async def create(self, caller: Caller, request: CreateSession) -> str:
@@ -66,6 +73,56 @@ class Sessions:
         """A session that is in memory already, where `scope` sees it."""
         row = self._rows.get(session_id)
         return row if row is not None and scope.sees(row) else None
+
+    async def search(self, caller: Caller, wanted: SessionSearch) -> tuple[list[FoundSession], bool]:
+        """A page of what is found, and whether there is more."""
+        scope = caller.scope()
+        if wanted.owner == "own":
+            scope = scope.mine()
+        if wanted.project_ids is not None:
+            ids = [await self.listable(caller, each, f"project_ids[{i}]")
+                   for i, each in enumerate(wanted.project_ids)]  # fmt: skip
+            wanted = replace(wanted, project_ids=tuple(ids))
+        alive = frozenset(self._seen)
+        found = await self._context.store.read(
+            lambda connection: session_search.search(connection, scope, wanted, alive, time.time())
+        )
+        return found[: wanted.limit], len(found) > wanted.limit
+
+    async def listable(self, caller: Caller, project: str, field: str) -> str:
+        """The id of a project, given by id or name, in which the caller may look around."""
+        row = await self._context.store.read(
+            lambda connection: projects.find(connection, caller.org_id, project)
+        )
+        if row is None or not caller.may(row.id, "see"):
+            raise NotFound(f"{field}: there is no project {project[:80]!r}")
+        return row.id
+
+    def status(self, row: SessionRow) -> dict[str, object] | None:
+        return status_of(row, row.id in self._seen)
+
+    async def move(self, caller: Caller, session_id: str, project: str) -> None:
+        """Put a session with its runs into another project."""
+        row = await self.get(caller, session_id)
+        caller.require(row.project_id, "work")
+        found = await self._context.store.read(
+            lambda connection: projects.find(connection, caller.org_id, project)
+        )
+        if found is None or not caller.may(found.id, "work"):
+            raise Forbidden(
+                f"project_id: there is no project {project[:80]!r}, or this key may not work in it"
+            )
+
+        def work(connection: Connection) -> None:
+            sessions.move(connection, session_id, found.id)
+            about = {"session_id": session_id, "project_id": row.project_id}
+            record(connection, Actor.of(caller), caller.org_id, "session", "move", about, {"to": found.id})
+
+        await self._context.write(work)
+        if session_id in self._rows:
+            self._rows[session_id] = replace(self._rows[session_id], project_id=found.id)
+        for react in self.on_move:
+            react(session_id, found.id)
 
     async def project(self, caller: Caller, wanted: str | None, right: Right, field: str) -> str:
         """The project that something new goes to, by id or by name; `field` says so in errors."""
@@ -128,16 +185,23 @@ class Sessions:
             self._rows[row.id] = row
             self.seen(row.id)
 
-    async def page(self, caller: Caller, limit: int, offset: int) -> list[SessionRow]:
+    async def page(self, caller: Caller, limit: int, offset: int, *, own: bool) -> list[SessionRow]:
+        """The newest first, of all that the caller may see or of its own."""
+        scope = caller.scope().mine() if own else caller.scope()
         return await self._context.store.read(
-            lambda connection: sessions.page(connection, caller.scope(), limit, offset)
+            lambda connection: sessions.page(connection, scope, limit, offset)
         )
 
     async def members(self, caller: Caller, session_id: str) -> tuple[SessionRow, list[str], list[str]]:
-        row = await self.get(caller, session_id)
-        runs, samplers = await self._context.store.read(
-            lambda connection: sessions.members(connection, session_id, caller.scope())
-        )
+        scope = caller.scope()
+
+        def look(connection: Connection) -> tuple[SessionRow | None, tuple[list[str], list[str]]]:
+            members = sessions.members(connection, session_id, scope)
+            return sessions.get(connection, session_id, scope), members
+
+        row, (runs, samplers) = await self._context.store.read(look)
+        if row is None:
+            raise NotFound(f"session_id: there is no session {session_id[:80]!r}")
         return row, runs, samplers
 
 

@@ -68,9 +68,9 @@ def finish(
     usage: Mapping[str, int] | None = None,
     error: str | None = None,
     category: str | None = None,
-) -> bool:
-    """Write down what became of a command. Whether nothing had been written down before."""
-    written = connection.execute(
+) -> str | None:
+    """Write down what became of a command. Answers its kind; none where that was known already."""
+    kind: str | None = connection.scalar(
         commands.update()
         .where(commands.c.request_id == request_id, commands.c.status == "queued")
         .values(
@@ -83,8 +83,9 @@ def finish(
             category=category,
             finished_at=now,
         )
+        .returning(commands.c.kind)
     )
-    return written.rowcount > 0
+    return kind
 
 
 def by_request(connection: sa.Connection, request_id: str, scope: Scope) -> CommandRow | None:

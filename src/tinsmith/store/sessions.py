@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from .scope import Scope
-from .tables import runs, sampling_sessions, sessions
+from .tables import runs, sampling_sessions, session_metadata, sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,14 @@ class SessionRow:
     user_metadata: dict[str, object] | None
     sdk_version: str
     display_name: str | None
+    failure: dict[str, object] | None = None
+    lost: bool = False  # the failure is that a training run's state is gone
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The metadata as answers carry it and searches look for it: texts alone."""
+        given = self.user_metadata or {}
+        return {key: value if isinstance(value, str) else str(value) for key, value in given.items()}
 
 
 def add(connection: sa.Connection, row: SessionRow) -> None:
@@ -42,25 +50,33 @@ def add(connection: sa.Connection, row: SessionRow) -> None:
             user_metadata=json.dumps(row.user_metadata) if row.user_metadata is not None else None,
             sdk_version=row.sdk_version,
             display_name=row.display_name,
+            lost=False,
+            search_name=row.display_name.casefold() if row.display_name is not None else None,
+            finished_at=row.finished_at,
+            finish_reason=row.finish_reason,
+            finish_detail=row.finish_detail,
         )
     )
+    pairs = [{"session_id": row.id, "org_id": row.org_id, "key": k, "value": v} for k, v in row.texts.items()]
+    if pairs:
+        connection.execute(session_metadata.insert(), pairs)
 
 
 def get(connection: sa.Connection, session_id: str, scope: Scope) -> SessionRow | None:
     query = sessions.select().where(scope.rows(sessions), sessions.c.id == session_id)
     row = connection.execute(query).one_or_none()
-    return _read(row) if row is not None else None
+    return read(row) if row is not None else None
 
 
 def unfinished(connection: sa.Connection, scope: Scope) -> list[SessionRow]:
     query = sessions.select().where(scope.rows(sessions), sessions.c.finished_at.is_(None))
-    return [_read(row) for row in connection.execute(query)]
+    return [read(row) for row in connection.execute(query)]
 
 
 def page(connection: sa.Connection, scope: Scope, limit: int, offset: int) -> list[SessionRow]:
     """The newest first."""
     query = sessions.select().where(scope.rows(sessions)).order_by(sessions.c.created_at.desc())
-    return [_read(row) for row in connection.execute(query.limit(limit).offset(offset))]
+    return [read(row) for row in connection.execute(query.limit(limit).offset(offset))]
 
 
 def metadata_of(
@@ -102,8 +118,27 @@ def finish(connection: sa.Connection, session_id: str, reason: str, detail: str 
     )
 
 
-def _read(row: sa.Row[tuple[object, ...]]) -> SessionRow:
+def failed(
+    connection: sa.Connection, session_id: str, failure: Mapping[str, object], *, lost: bool = False
+) -> None:
+    """Note what went wrong last, while the session goes on. That a training run's state is gone stays
+    noted, unless another one's is."""
+    open_ = (sessions.c.id == session_id) & sessions.c.finished_at.is_(None)
+    if not lost:
+        open_ &= ~sessions.c.lost
+    connection.execute(sessions.update().where(open_).values(failure=json.dumps(failure), lost=lost))
+
+
+def move(connection: sa.Connection, session_id: str, project_id: str) -> None:
+    """Put a session and its runs into another project."""
+    connection.execute(sessions.update().where(sessions.c.id == session_id).values(project_id=project_id))
+    connection.execute(runs.update().where(runs.c.session_id == session_id).values(project_id=project_id))
+
+
+def read(row: sa.Row[tuple[object, ...]]) -> SessionRow:
     values = dict(row._mapping)
     values["tags"] = json.loads(values["tags"])
-    values["user_metadata"] = json.loads(values["user_metadata"]) if values["user_metadata"] else None
+    for name in ("user_metadata", "failure"):
+        values[name] = json.loads(values[name]) if values[name] else None
+    del values["search_name"]
     return SessionRow(**values)

@@ -179,8 +179,22 @@ sessions = Table(
     Column("user_metadata", Text),
     Column("sdk_version", String(1024), nullable=False),
     Column("display_name", String(1024)),
+    Column("search_name", Text),  # the name in the form in which it is searched
+    # What went wrong last, as a JSON object, and whether that is that a training run's state is gone.
+    Column("failure", Text),
+    Column("lost", Boolean, nullable=False),
     Index(None, "org_id", "created_at"),
     Index(None, "project_id"),
+)
+
+# The texts in a session's user_metadata, for finding it by them.
+session_metadata = Table(
+    "session_metadata",
+    metadata,
+    Column("session_id", ForeignKey("sessions.id"), primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("value", Text, nullable=False),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
 )
 
 runs = Table(

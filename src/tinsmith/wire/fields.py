@@ -60,6 +60,8 @@ class Fields:
             raise self._wrong(name, "a text that is not empty")
         if len(value) > longest:
             raise self.error(name, f"has {len(value)} characters; at most {longest} are allowed")
+        if not _is_storable(value):
+            raise self.error(name, "has a NUL or a lone surrogate, which no text may have")
         return value
 
     def optional_text(self, name: str, *, longest: int = 1024) -> str | None:
@@ -142,6 +144,8 @@ class Fields:
             raise self._wrong(name, "a JSON object")
         if len(json.dumps(value)) > most:
             raise self.error(name, f"is larger than {most} bytes as JSON")
+        if not _is_storable(json.dumps(value, ensure_ascii=False).replace("\\u0000", "\0")):
+            raise self.error(name, "has a NUL or a lone surrogate, which no text may have")
         return cast(dict[str, object], value)
 
     def text_metadata(self, name: str) -> dict[str, str] | None:
@@ -164,6 +168,15 @@ def _integer_range(least: int, most: int) -> str:
     if least > -(2**63):
         return f"an integer of at least {least}"
     return "an integer"
+
+
+def _is_storable(text: str) -> bool:
+    """Whether a database takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def _show(value: object) -> str:

@@ -62,8 +62,13 @@ class FinishSession:
         detail = fields.raw("detail")
         return cls(
             reason="errored" if kind == "errored" else "interrupted" if kind == "interrupted" else "success",
-            detail=detail[:4096] if isinstance(detail, str) else None,
+            detail=_storable(detail[:4096]) if isinstance(detail, str) else None,
         )
+
+
+def _storable(text: str) -> str:
+    """A text of the user's own that must not be refused, as a database takes it."""
+    return text.encode(errors="replace").decode().replace("\0", "?")
 
 
 @dataclass(frozen=True, slots=True)

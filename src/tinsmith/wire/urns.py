@@ -10,3 +10,9 @@ def user_urn(user_id: str) -> str:
 
 def org_urn(org_id: str) -> str:
     return f"tml:organization:{org_id}"
+
+
+def user_of_urn(urn: str) -> str | None:
+    """The user that a URN names, or none where it is no user's."""
+    kind, _, user_id = urn.rpartition(":")
+    return user_id if kind == "tml:organization_user" and user_id else None
