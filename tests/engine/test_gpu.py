@@ -14,12 +14,16 @@ import pytest
 import torch
 
 from tests.engine import tiny
+from tests.engine.test_sampler import PLENTY, ids, lps, run, sample, trainer_logprobs
 from tests.engine.test_training import job_of, train
 from tests.engine.tiny import load, logprobs, make_run, relative, request, tokens
 from tests.families import make
+from tinsmith.engine.commands import Sample
 from tinsmith.engine.kernels import gpu
 from tinsmith.engine.model.base import BaseModel
+from tinsmith.engine.model.lora import AdapterWeights
 from tinsmith.engine.runs import Run
+from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.training import TrainingJob, run_pass
 
 pytest.importorskip("triton")
@@ -60,7 +64,7 @@ def texts(seed: int, lengths: tuple[int, ...] = TEXTS) -> list[list[int]]:
 def tenants(model: BaseModel) -> list[tuple[Run, TrainingJob]]:
     """Adapters of several ranks, one of a rank that is no multiple of 16."""
     runs = [make_run(model, rank, rank) for rank in (4, 16, 20)]
-    return [(run, job_of(run, request(texts(i)))) for i, run in enumerate(runs)]
+    return [(each, job_of(each, request(texts(i)))) for i, each in enumerate(runs)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -73,13 +77,13 @@ def test_three_tenants_in_one_pass_get_what_they_get_on_the_cpu(
     on_gpu()
     together = tenants(load(family(name)))
     run_pass([(job, cut) for _, job in together for cut in job.cuts])
-    for (_, ours), (run, theirs) in zip(together, expected, strict=True):
+    for (_, ours), (tenant, theirs) in zip(together, expected, strict=True):
         assert ours.loss_sums == pytest.approx(theirs.loss_sums, rel=1e-5)
         for a, b in zip(ours.outputs, theirs.outputs, strict=True):
             assert relative(a, b) < 1e-5
         assert ours.gradients is not None
         assert theirs.gradients is not None
-        mine, others = (run.layout.views(g.flat) for g in (ours.gradients, theirs.gradients))
+        mine, others = (tenant.layout.views(g.flat) for g in (ours.gradients, theirs.gradients))
         for slot in mine:
             for a, b in zip(mine[slot], others[slot], strict=True):
                 assert relative(a, b) < 2e-5, slot
@@ -96,13 +100,13 @@ def test_one_tenant_alone_too(family: Folder, on_gpu: Callable[[], None]) -> Non
     assert relative(ours.live.gradient, theirs.live.gradient) < 1e-5  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "dtype"), [("Qwen3", torch.bfloat16), ("Qwen3Moe", torch.float32)], ids=str)
 def test_deterministic_company_changes_no_bit(
-    family: Folder, on_gpu: Callable[[], None], dtype: torch.dtype
+    family: Folder, on_gpu: Callable[[], None], name: str, dtype: torch.dtype
 ) -> None:
     on_gpu()
     with gpu.deterministic():
-        model = load(family("Qwen3"), dtype)
+        model = load(family(name), dtype)
         _, alone = tenants(model)[1]
         run_pass([(alone, cut) for cut in alone.cuts])
         company = tenants(model)
@@ -114,3 +118,67 @@ def test_deterministic_company_changes_no_bit(
     assert alone.gradients is not None
     assert together.gradients is not None
     assert torch.equal(alone.gradients.flat, together.gradients.flat)
+
+
+class TestSampling:
+    """Through captured steps where there is a GPU; their buffers and what is computed from them are the same
+    without one."""
+
+    def work(self, model: BaseModel, **options: object) -> list[tuple[Sample, AdapterWeights | None]]:
+        """Prompts of several lengths, one beyond a page and the window, on three adapters and none."""
+        adapters = [None, *(make_run(model, rank, rank).weights for rank in (4, 20, 16))]
+        return [
+            (sample(f"s{i}", tokens(n, i), max_tokens=m, stop=(), seed=i, **options), w)
+            for i, ((n, m), w) in enumerate(zip(((3, 5), (66, 4), (9, 6), (20, 3)), adapters, strict=True))
+        ]
+
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_greedy_is_that_of_the_cpu(self, family: Folder, on_gpu: Callable[[], None], name: str) -> None:
+        model = load(family(name))
+        expected = run(Sampler(model, PLENTY), *self.work(model, temperature=0.0), gap=1)
+        on_gpu()
+        model = load(family(name))
+        sampler = Sampler(model, PLENTY)
+        for ours, theirs in zip(
+            run(sampler, *self.work(model, temperature=0.0), gap=1), expected, strict=True
+        ):
+            assert ids(ours.sequences[0]) == ids(theirs.sequences[0])
+            assert relative(lps(ours.sequences[0]), lps(theirs.sequences[0])) < 1e-5
+        assert sampler.decoder is not None
+        assert sampler.decoder._steps, "the decode steps went through it"
+        assert not sampler.decoder.trouble
+
+    def test_draws_and_the_likeliest_tokens_too(self, family: Folder, on_gpu: Callable[[], None]) -> None:
+        options = {"temperature": 0.7, "num_samples": 2, "topk_sample": 3, "prompt_logprobs": True}
+        model = load(family("Qwen3"))
+        expected = run(Sampler(model, PLENTY), self.work(model, **options)[2])
+        on_gpu()
+        model = load(family("Qwen3"))
+        ours = run(Sampler(model, PLENTY), self.work(model, **options)[2])
+        for a, b in zip(ours[0].sequences, expected[0].sequences, strict=True):
+            assert ids(a) == ids(b), "the same uniforms give the same tokens"
+            assert relative(lps(a), lps(b)) < 1e-5
+            for field in ("token_ids", "logprobs"):
+                kind = np.int32 if field == "token_ids" else np.float32
+                mine, theirs = (np.frombuffer(getattr(x.topk_sampled_logprobs, field), kind) for x in (a, b))
+                assert relative(mine, theirs) < 1e-5
+        prompts = [np.frombuffer(x[0].prompt_logprobs, np.float32)[1:] for x in (ours, expected)]
+        assert relative(*prompts) < 1e-5
+
+    @pytest.mark.parametrize(
+        ("name", "dtype"), [("Qwen3", torch.bfloat16), ("GptOss", torch.float32)], ids=str
+    )
+    def test_deterministic_logprobs_are_the_trainers_bit_for_bit(
+        self, family: Folder, on_gpu: Callable[[], None], name: str, dtype: torch.dtype
+    ) -> None:
+        on_gpu()
+        with gpu.deterministic():
+            model = load(family(name), dtype)
+            work = self.work(model, prompt_logprobs=True)[1:3]
+            for (command, weights), out in zip(work, run(Sampler(model, PLENTY), *work, gap=2), strict=True):
+                prompt = np.frombuffer(command.prompt, np.int32).tolist()
+                (sequence,) = out.sequences
+                expected = trainer_logprobs(model, weights, prompt + ids(sequence))
+                assert np.array_equal(lps(sequence), expected[len(prompt) - 1 :])
+                of_prompt = np.frombuffer(out.prompt_logprobs, np.float32)
+                assert np.array_equal(of_prompt[1:], expected[: len(prompt) - 1])

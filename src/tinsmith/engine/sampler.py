@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from tinsmith.engine import program
 from tinsmith.engine.aside import record
 from tinsmith.engine.commands import Done, Failed, Reply, Sample, SampleParams
 from tinsmith.engine.generic import CachePool, SampledApart
+from tinsmith.engine.kernels import gpu
 from tinsmith.engine.kv_cache import PagePool, chain, root
 from tinsmith.engine.metrics import Metrics
 from tinsmith.engine.model.attention import PAGE, pad_rows
@@ -35,12 +37,15 @@ from tinsmith.engine.paged_attention import Chunk, PagedAttention
 from tinsmith.engine.program import Program
 from tinsmith.engine.prompt_scores import PromptScores
 from tinsmith.engine.runs import Answer
-from tinsmith.engine.sampling import StopCheck, sample, uniforms
+from tinsmith.engine.sampling import Drawn, StopCheck, sample, uniforms
 from tinsmith.engine.shares import Costs, Shares
 from tinsmith.engine.states import SampledRecurrence, StatePool
 from tinsmith.engine.waiting import Waiting
 from tinsmith.wire.sampling import Sampled, TopK, encode_response
 from tinsmith.wire.training import ContentError
+
+if TYPE_CHECKING:
+    from tinsmith.engine.decoding import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +143,11 @@ class Sampler:
             self.states = StatePool(model, RUNNING, cache_bytes // 2)
             cache_bytes -= cache_bytes // 2
         self.pool = PagePool(model, cache_bytes)
+        self.decoder: Decoder | None = None
+        if self.states is None and gpu.takes(model.device, model.dtype):
+            from tinsmith.engine.decoding import Decoder  # needs Triton
+
+            self.decoder = Decoder(model, self.pool)
         self.waiting: Waiting[_Sequence] = Waiting(self.shares)
         self.running: list[_Sequence] = []
         self.requests: dict[str, _Request] = {}
@@ -174,7 +184,7 @@ class Sampler:
         self.requests[command.request] = request
         # The other samples join when the first has computed the prompt for all.
         request.live.append(_Sequence(request, 0, list(prompt)))
-        if self.copies:
+        if self.copies and self.decoder is None:
             self.copies = False
             self.model.pack()
             self.program = Program.of(self.model)
@@ -388,6 +398,9 @@ class Sampler:
             sequence.slot = None
 
     def _advance(self, plan: Sequence[tuple[_Sequence, int]]) -> None:
+        if self.decoder is not None and all(_decodes(s) and n == 1 for s, n in plan):
+            self._decode(self.decoder, [s for s, _ in plan])
+            return
         groups: dict[int, list[tuple[_Sequence, int]]] = {}
         for sequence, count in plan:
             groups.setdefault(sequence.request.serial, []).append((sequence, count))
@@ -510,22 +523,42 @@ class Sampler:
             )
             params = [s.request.command.params for s in part]
             draws = uniforms([p.seed for p in params], [s.index for s in part], [len(s.tokens) for s in part])
-            drawn = sample(own, params, draws, max(s.request.command.topk_sample for s in part))
-            now = time.time()
-            self.metrics.tokens["sample"] += len(part)
-            for i, (sequence, token, logprob) in enumerate(
-                zip(part, drawn.tokens, drawn.logprobs, strict=True)
-            ):
-                request = sequence.request
-                sequence.tokens.append(token)
-                sequence.logprobs.append(logprob)
-                if "first_token" not in request.times:
-                    request.times["first_token"] = now
-                    self.metrics.first_token_seconds.observe(max(0.0, now - request.added))
-                shown = request.command.topk_sample
-                if shown and drawn.likeliest is not None:
-                    sequence.topk.append((drawn.likeliest[0][i, :shown], drawn.likeliest[1][i, :shown]))
-                self._maybe_finish(sequence)
+            self._take(part, sample(own, params, draws, max(s.request.command.topk_sample for s in part)))
+
+    def _take(self, part: Sequence[_Sequence], drawn: Drawn) -> None:
+        """Each sequence's next token."""
+        now = time.time()
+        self.metrics.tokens["sample"] += len(part)
+        for i, (sequence, token, logprob) in enumerate(zip(part, drawn.tokens, drawn.logprobs, strict=True)):
+            request = sequence.request
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+            if "first_token" not in request.times:
+                request.times["first_token"] = now
+                self.metrics.first_token_seconds.observe(max(0.0, now - request.added))
+            shown = request.command.topk_sample
+            if shown and drawn.likeliest is not None:
+                sequence.topk.append((drawn.likeliest[0][i, :shown], drawn.likeliest[1][i, :shown]))
+            self._maybe_finish(sequence)
+
+    def _decode(self, decoder: Decoder, sequences: Sequence[_Sequence]) -> None:
+        """A step of single tokens, each of which is drawn at once."""
+        from tinsmith.engine.decoding import Row
+
+        part = sorted(sequences, key=lambda s: s.request.serial)  # adapters' rows together
+        commands = [s.request.command for s in part]
+        draws = uniforms(
+            [c.params.seed for c in commands], [s.index for s in part], [len(s.tokens) for s in part]
+        )
+        rows = [
+            Row(s.tokens[-1], s.computed, s.pages, s.request.weights, c.params, float(u), c.topk_sample)
+            for s, c, u in zip(part, commands, draws, strict=True)
+        ]
+        drawn = decoder.run(rows)
+        for sequence in part:
+            sequence.computed += 1
+            self._make_known(sequence)
+        self._take(part, drawn)
 
     def _siblings(self, sequence: _Sequence) -> list[_Sequence]:
         """The other samples of a request whose prompt has just been computed: they share its pages."""
@@ -618,6 +651,15 @@ class Sampler:
                 )
         usage = request.usage
         return Done(encode_response(sampled, request.scores.answers(), request.cached), usage, request.times)
+
+
+def _decodes(sequence: _Sequence) -> bool:
+    """Whether its newest token alone is missing, and nothing else is asked of that than the next one."""
+    return (
+        sequence.computed == len(sequence.tokens) - 1
+        and bool(sequence.logprobs or sequence.index)
+        and sequence.request.expanded is None
+    )
 
 
 def _pad(*rows: list[int]) -> None:

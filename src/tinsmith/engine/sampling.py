@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tinsmith.engine.commands import SampleParams
 from tinsmith.engine.kernels import draw as kernel
+from tinsmith.engine.kernels import gpu
 from tinsmith.engine.kernels.elementwise import LogSoftmax
 from tinsmith.engine.model.base import BaseModel
 
@@ -54,6 +55,8 @@ class Drawn:
 def sample(logits: Tensor, params: Sequence[SampleParams], draws: npt.NDArray[np.float64], k: int) -> Drawn:
     """logits: [n, vocab] in the model's dtype; draws: [n] in [0, 1). Logprobs are those of the distribution
     at the row's temperature, before any cut; a greedy row's are those at 1."""
+    if gpu.takes(logits.device, logits.dtype):
+        return _sample_on_gpu(logits, params, draws, k)
     if kernel.usable(logits):
         return _sample_by_kernel(logits, params, draws, k)
     values = scaled(logits, [p.temperature for p in params])
@@ -79,6 +82,36 @@ def _sample_by_kernel(
     )
     logprobs = soft.gather(chosen[:, None])[:, 0]
     return Drawn(chosen.tolist(), logprobs.tolist(), top(soft.table(), k) if k else None)
+
+
+def _sample_on_gpu(
+    logits: Tensor, params: Sequence[SampleParams], draws: npt.NDArray[np.float64], k: int
+) -> Drawn:
+    device = logits.device
+
+    def send(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+    temperatures = send([p.temperature for p in params], torch.float32)
+    tokens = gpu.module("triton_sampling").choose(
+        logits,
+        torch.arange(len(params), device=device),
+        temperatures,
+        send([max(p.top_k, 0) for p in params], torch.int32),
+        send([p.top_p for p in params], torch.float32),
+        torch.from_numpy(draws).to(device, non_blocking=True),
+    )
+    # Greedy rows stay at 1; where all do, there is nothing to divide by.
+    hot = any(p.temperature not in (0.0, 1.0) for p in params)
+    by = torch.where(temperatures == 0, 1.0, temperatures) if hot else None
+    soft = gpu.module("triton_elementwise").LogSoftmax(logits, by)
+    logprobs = soft.gather(tokens[:, None])[:, 0]
+    both = torch.stack([tokens.double(), logprobs.double()]).cpu().numpy()
+    return Drawn(
+        both[0].astype(np.int64).tolist(),
+        both[1].astype(np.float32).tolist(),
+        top(soft.table(), k) if k else None,
+    )
 
 
 def scaled(logits: Tensor, temperatures: Sequence[float]) -> Tensor:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinsmith.engine.kernels import gpu
-from tinsmith.engine.kernels.gpu_lora import Adapters, adapters_of
+from tinsmith.engine.kernels.gpu_lora import Adapters, StaticAdapters, adapters_of
 from tinsmith.engine.kernels.triton_common import table
 from tinsmith.engine.kernels.triton_experts import weighted_sum, weighted_sum_backward
 from tinsmith.engine.kernels.triton_lora import expand, outer, shrink
@@ -30,15 +31,32 @@ Parts = Sequence[tuple[str, slice]]
 _ROWS = 64  # of a tile
 
 
+@dataclass(slots=True)
+class StaticUnits:
+    """The units of a decode step, in buffers that stay where they are: the adapters, and none."""
+
+    count: int
+    of_row: Tensor
+    owner: Tensor
+    requests: tuple[()] = ()
+
+    @classmethod
+    def of(cls, adapters: StaticAdapters) -> StaticUnits:
+        count = len(adapters.ranks)
+        return cls(count, adapters.of_row, torch.arange(count, device=adapters.ranks.device))
+
+
 class Units:
     """The units of a pass: `of_row` int64 [rows], the unit of each row; `owner` int64 [count], the adapter of
-    each (behind the last where there is none)."""
+    each (behind the last where there is none); `requests`, the first unit of each and the one behind its
+    last.
+    """
 
     def __init__(self, this: Pass, adapters: Adapters, rows: int, device: torch.device) -> None:
         of_row = torch.zeros(rows, dtype=torch.int64)
         numbers = {w.serial: i for i, w in enumerate(adapters.weights)}
         owners: list[int] = []
-        requests: list[tuple[int, int]] = []  # of each request, its first unit and the one behind its last
+        requests: list[tuple[int, int]] = []
         known: list[Any] = []
         for segment in this.segments:
             number = len(adapters.weights) if segment.weights is None else numbers[segment.weights.serial]
@@ -67,14 +85,14 @@ class Units:
 class Route:
     """Where the token-expert pairs of one layer go."""
 
-    def __init__(self, this: Pass, experts: Tensor, count: int) -> None:
-        """experts: int64 [tokens, k], of `count`."""
+    def __init__(self, this: Pass, experts: Tensor, count: int, itemsize: int) -> None:
+        """experts: int64 [tokens, k], of `count`; itemsize: bytes of a number of the model."""
         tokens, self.k = experts.shape
-        device = experts.device
+        device, self.itemsize = experts.device, itemsize
         self.adapters = adapters_of(this, device)
         if self.adapters.units is None:
             self.adapters.units = Units(this, self.adapters, tokens, device)
-        self.units: Units = self.adapters.units
+        self.units: Units | StaticUnits = self.adapters.units
         self.count, n = count, self.units.count
         keys = (experts * n + self.units.of_row[:, None]).flatten()
         ordered, order = torch.sort(keys, stable=True)
@@ -148,7 +166,7 @@ class Route:
             return None
         a, b = self.adapters.shapes(name)
         ranks = self.adapters.ranks[self.units.owner]
-        step = ranks.to(torch.int64) * self.adapters.itemsize
+        step = ranks.to(torch.int64) * self.itemsize
         return (
             self._by_expert(found[0][self.units.owner], step * a[-1], len(a) == 3),
             self._by_expert(found[1][self.units.owner], step * b[-2], len(b) == 3),

@@ -7,7 +7,7 @@ lie, where gradients go) is put together once a pass, in a few copies to the dev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,6 +19,9 @@ from tinsmith.engine.kernels import gpu
 from tinsmith.engine.kernels.triton_common import table
 from tinsmith.engine.kernels.triton_lora import expand, outer, shrink
 from tinsmith.engine.model.packing import Pass, Segment
+
+if TYPE_CHECKING:  # lora imports this module when it is used
+    from tinsmith.engine.model.lora import Slot
 
 ROWS = 64  # of a tile
 Parts = Sequence[tuple[str, slice]]
@@ -104,22 +107,80 @@ class Adapters:
         i = self._index.get(name) if self.weights else None
         return None if i is None else (self._addresses[0, i], self._addresses[1, i])
 
-    def shapes(self, name: str) -> tuple[torch.Size, torch.Size]:
-        """Those of a slot's A and B, of any adapter that has them."""
+    def shapes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of a slot's A and B, of any adapter that has them: the ranks differ."""
         a, b = next(w for w in self.weights if w.has(name)).get(name)
         return a.shape, b.shape
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number of the factors."""
-        name = next(iter(self.weights[0].names))
-        return int(self.weights[0].get(name)[0].element_size())
 
     @property
     def targets(self) -> Targets:
         if self._targets is None:
             self._targets = Targets(self._segments, self._device)
         return self._targets
+
+
+class StaticAdapters(Adapters):
+    """The adapters of decode steps of `most` rows, in buffers that stay where they are, so that a captured
+    step serves whatever adapters `fill` puts there; none of them is wider than `width`."""
+
+    def __init__(self, slots: Sequence[Slot], most: int, width: int, device: torch.device) -> None:
+        self.weights, self.only, self.width = [], None, width
+        self._slots = {slot.name: slot for slot in slots}
+        self._index = {slot.name: i for i, slot in enumerate(slots)}
+        if not gpu.CHOICE.deterministic:
+            # A few rows are work for a few programs: the sum over a layer's inputs is divided among more.
+            self.rows, self.parts = 16, max(1, min(8, 128 // most))
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.tiles, self.ranks = ints(most, 3), ints(most + 1)
+        self._addresses = torch.zeros(2, len(slots), most + 1, dtype=torch.int64, device=device)
+        self._most, self._device = most, device
+        self.of_row = torch.zeros(most, dtype=torch.int64, device=device)  # which adapter each row has
+        self._serials: list[int] | None = None
+        self._spans: list[tuple[int, int, int]] | None = None
+        self.units = None
+
+    def fill(self, weights: Sequence[Any]) -> None:
+        """The adapter of each row, or None; rows of one adapter stand together. What is there stays."""
+        distinct = {w.serial: w for w in weights if w is not None}
+        serials = list(distinct)
+        if serials != self._serials:
+            self._serials, self.weights = serials, list(distinct.values())  # kept as long as they are used
+            addresses = np.zeros((2, len(self._index), self._most + 1), np.int64)
+            ranks = np.zeros(self._most + 1, np.int32)
+            if serials:
+                index, found = addresses_of(self.weights)
+                order = [self._index[name] for name in index]
+                addresses[:, order, : len(serials)] = found[:, :, :-1]
+                ranks[: len(serials)] = [w.rank for w in self.weights]
+            self._addresses.copy_(torch.from_numpy(addresses))
+            self.ranks.copy_(torch.from_numpy(ranks))
+        numbers = {serial: i for i, serial in enumerate(serials)}
+        spans: list[tuple[int, int, int]] = []
+        of_row = [self._most] * self._most
+        for row, w in enumerate(weights):
+            if w is None:
+                continue
+            of_row[row] = numbers[w.serial]
+            first, count, number = spans[-1] if spans else (0, 0, -1)
+            if number == of_row[row] and first + count == row and count < self.rows:
+                spans[-1] = (first, count + 1, number)
+            else:
+                spans.append((row, 1, of_row[row]))
+        if spans != self._spans:
+            self._spans = spans
+            empty = [(0, 0, 0)] * (self._most - len(spans))
+            self.tiles.copy_(torch.tensor([*spans, *empty], dtype=torch.int32))
+            self.of_row.copy_(torch.tensor(of_row))
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        i = self._index.get(name) if self.width else None
+        return None if i is None else (self._addresses[0, i], self._addresses[1, i])
+
+    def shapes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self._slots[name].shape_a(1), self._slots[name].shape_b(1)
 
 
 _OF_WEIGHTS: WeakKeyDictionary[Any, np.ndarray] = WeakKeyDictionary()

@@ -6,6 +6,7 @@ own, in training and in sampling.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -279,3 +280,22 @@ class LogSoftmax:
     @property
     def _grid(self) -> tuple[int, int]:
         return self._rows, -(-self._vocab // _VOCAB)
+
+
+@triton.jit
+def _row_sums(X, OUT, width, stride, by, N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, N)
+    acc = tl.zeros([N], tl.float32)
+    for n in range(0, width, N):
+        acc += tl.load(X + row * stride + n + offs, mask=n + offs < width, other=0.0).to(tl.float32)
+    tl.store(OUT + row, (tl.sum(acc, 0) / by).to(OUT.dtype.element_ty))
+
+
+def row_sums(x: Tensor, by: float, dtype: torch.dtype) -> Tensor:
+    """The sums of the rows of x [rows, width], last dimension dense, divided by `by`: [rows]."""
+    out = x.new_empty(len(x), dtype=dtype)
+    if len(x):
+        n = min(power(x.shape[1]), 1024)  # one for each width: it decides the order of the sum
+        _row_sums[(len(x),)](x, out, x.shape[1], x.stride(0), by, n, num_warps=4)
+    return out

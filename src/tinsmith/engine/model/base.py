@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tinsmith.engine.kernels import elementwise, linear
+from tinsmith.engine.kernels import elementwise, gpu, linear
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.errors import ModelError
 from tinsmith.engine.model.experts import expert_slots, experts_forward
@@ -369,7 +369,9 @@ class BaseModel:
     @property
     def mixes_rows(self) -> bool:
         """Whether rows of different adapters may stand side by side, without padding between them: all of
-        their products are the kernel's, which takes each row by itself."""
+        their products are a kernel's, which takes each row by itself."""
+        if gpu.takes(self.device, self.dtype):
+            return not self.apart
         return (
             not self.apart
             and linear.usable(self.device, self.dtype)

@@ -203,7 +203,8 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
     name = getattr(self, "tinsmith_name", "")
     top_k_index, top_k_weights = route(name, top_k_index, top_k_weights)
     if gpu.takes(hidden.device, hidden.dtype):
-        plan = gpu.module("gpu_experts").Route(this, top_k_index, up.shape[0])
+        of = up.shape[0], up.element_size()
+        plan = gpu.module("gpu_experts").Route(this, top_k_index, *of)
     else:
         plan = _plan(this, top_k_index, up.shape[0])
     x = plan.take(hidden)
