@@ -27,8 +27,11 @@ from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.training import TrainingJob, run_pass
 
 pytest.importorskip("triton")
+from tinsmith.engine.kernels import invariant
+
 Folder = Callable[[str], Path]
 CUDA = torch.cuda.is_available()
+KIND = "cuda" if CUDA else "cpu"
 FAMILIES = ("Qwen3", "Qwen3Moe", "DeepseekV3", "GptOss")
 TEXTS = (9, 70)
 
@@ -105,7 +108,7 @@ def test_deterministic_company_changes_no_bit(
     family: Folder, on_gpu: Callable[[], None], name: str, dtype: torch.dtype
 ) -> None:
     on_gpu()
-    with gpu.deterministic():
+    with gpu.deterministic(), invariant.replaced(KIND):
         model = load(family(name), dtype)
         _, alone = tenants(model)[1]
         run_pass([(alone, cut) for cut in alone.cuts])
@@ -172,7 +175,7 @@ class TestSampling:
         self, family: Folder, on_gpu: Callable[[], None], name: str, dtype: torch.dtype
     ) -> None:
         on_gpu()
-        with gpu.deterministic():
+        with gpu.deterministic(), invariant.replaced(KIND):
             model = load(family(name), dtype)
             work = self.work(model, prompt_logprobs=True)[1:3]
             for (command, weights), out in zip(work, run(Sampler(model, PLENTY), *work, gap=2), strict=True):
