@@ -21,8 +21,6 @@ WHOLE = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 # It names files' tensors as the modules are named, which this family's files do not; it can also
 # go by the modules of a loaded model.
 BY_MODULES = {"KimiLinear"}
-TIED = {"Llama-tied", "Gemma2", "Gemma3Text", "Lfm2"}
-LATENT = {"DeepseekV3", "KimiLinear"}
 # Rows that the cookbook converts for vLLM, and in the same way.
 SERVED = {"Llama", "Qwen3", "Qwen3Moe", "Qwen3Next", "NemotronH", "GptOss", "Mistral", "Olmo3", "Phi3"}
 
@@ -67,10 +65,9 @@ class TestFamily:
         assert len(own) == len(load_file(tmp_path / "out" / "adapter_model.safetensors"))
 
     def test_exported_for_vllm_its_matrices_are_the_adapter(self, trained: Trained, tmp_path: Path) -> None:
-        keep = () if trained.row in TIED else ("lm_head",)
-        keep = (*keep, "kv_b_proj") if trained.row in LATENT else keep
-        if trained.row in TIED:
+        if trained.tied:
             trained = make_trained(trained.row, tmp_path, train_unembed=False)
+        keep = {"lm_head", "kv_b_proj"} & trained.modules
         export(trained.adapter, trained.name, str(trained.base), "vllm", tmp_path / "out", keep=keep)
         merge_as_vllm(trained.base, tmp_path / "out", tmp_path / "merged")
         trained.check(load_transformers(tmp_path / "merged"))

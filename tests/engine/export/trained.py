@@ -16,6 +16,7 @@ from tests.engine.tiny import load, logprobs, make_run, make_vision_model, relat
 from tests.families import FAMILIES, make
 from tinsmith.engine import adapter_files
 from tinsmith.engine.commands import AdamParams
+from tinsmith.engine.model.base import UNEMBED
 from tinsmith.engine.model.vision import auto_class
 from tinsmith.engine.runs import Run
 
@@ -37,6 +38,17 @@ class Trained:
     @property
     def name(self) -> str:
         return self.run.model.name
+
+    @property
+    def tied(self) -> bool:
+        module = self.run.model.module
+        return module.get_input_embeddings().weight is module.get_output_embeddings().weight
+
+    @property
+    def modules(self) -> set[str]:
+        """What the adapter's parts are called, by transformers."""
+        names = {slot.name for slot in self.run.layout.slots}
+        return {"lm_head" if name == UNEMBED else name.rpartition(".")[2] for name in names}
 
     def check(self, module: Any, most: float = 1e-5) -> None:
         """That transformers' `module` is this model with this adapter."""
