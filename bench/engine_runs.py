@@ -66,3 +66,9 @@ class Runs:
             *(ForwardBackward(name, 1, request) for name in names),
             *(OptimStep(name, 2, AdamParams()) for name in names),
         )
+
+    def publish(self, name: str) -> None:
+        """The first run's weights as a sampler."""
+        from tinsmith.engine.commands import Publish
+
+        self._tell(Publish("r0", 3, name))
