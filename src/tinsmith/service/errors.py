@@ -56,7 +56,8 @@ class Limited(ServiceError):
     @property
     def retry_after(self) -> int:
         """Seconds after which trying again may help."""
-        return max(1, math.ceil(self.reached.resets_in)) if self.reached.resets_in is not None else 1
+        left = self.reached.resets_in
+        return max(1, math.ceil(left)) if left is not None else 1
 
 
 class OverLimit(Limited):

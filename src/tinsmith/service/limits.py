@@ -50,7 +50,7 @@ ABOUT: dict[Name, str] = {
 }
 DEFAULT = ""  # in place of an organization: what holds for those that have no value of their own
 
-_LOOK_EVERY = 2.0  # seconds after which a changed limit holds at the latest
+_LOOK_EVERY = 1.0  # seconds after which a changed limit holds at the latest
 _MINUTE = 60.0
 
 
@@ -73,7 +73,11 @@ class Reached:
     project_id: str  # empty: the whole organization's
     used: Decimal
     allowed: Decimal
-    resets_in: float | None  # seconds; None: when something ends
+    resets: float | None  # seconds since 1970; None: when something ends
+
+    @property
+    def resets_in(self) -> float | None:
+        return None if self.resets is None else max(0.0, self.resets - time.time())
 
     def __str__(self) -> str:
         whose = f"project {self.project_id}" if self.project_id else "organization"
@@ -81,14 +85,15 @@ class Reached:
             f"limit {self.name} of your {whose} is reached: {plain(self.used)} of {plain(self.allowed)}"
             f" {_UNITS[self.name]}"
         )
-        if self.resets_in is None:
+        left = self.resets_in
+        if left is None:
             return f"{text}; {_ENDS[self.name]}"
-        return f"{text}; there is room again in {max(1, math.ceil(self.resets_in))} s, at {self.resets_at()}"
+        return f"{text}; there is room again in {max(1, math.ceil(left))} s, at {self.resets_at()}"
 
     def resets_at(self) -> str | None:
-        if self.resets_in is None:
+        if self.resets is None:
             return None
-        moment = datetime.fromtimestamp(math.ceil(time.time() + self.resets_in), UTC)
+        moment = datetime.fromtimestamp(math.ceil(self.resets), UTC)
         return moment.isoformat().replace("+00:00", "Z")
 
     def fields(self) -> dict[str, object]:
@@ -237,7 +242,7 @@ class Limits:
             allowed = self.allowed(place, "monthly_spend_usd")
             if allowed is not None and (spent := self._spent(place)) >= allowed:
                 raise OverBudget(
-                    Reached("monthly_spend_usd", place[1], spent, allowed, _until_next_month(time.time()))
+                    Reached("monthly_spend_usd", place[1], spent, allowed, _next_month(time.time()))
                 )
 
     def check_call(self, who: Who) -> None:
@@ -350,7 +355,7 @@ class Limits:
                 bucket = self._bucket(place, name)
                 if bucket is not None and (wait := bucket.wait()) > 0:
                     used = Decimal(math.ceil(bucket.size - bucket.level))
-                    resets = wait if math.isfinite(wait) else None
+                    resets = time.time() + wait if math.isfinite(wait) else None
                     return Reached(name, place[1], used, Decimal(bucket.size), resets)
         return None
 
@@ -392,7 +397,7 @@ class Limits:
             yield name, used, allowed
 
 
-def _until_next_month(now: float) -> float:
+def _next_month(now: float) -> float:
     today = datetime.fromtimestamp(now, UTC)
     year, month = divmod(today.year * 12 + today.month, 12)
-    return datetime(year, month + 1, 1, tzinfo=UTC).timestamp() - now
+    return datetime(year, month + 1, 1, tzinfo=UTC).timestamp()
