@@ -8,7 +8,7 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.harness import KEY, MODEL, Server, datum, detail
+from tests.harness import KEY, MODEL, Server, datum, detail, wait_for
 
 PROMPT = types.ModelInput.from_ints([1, 2, 3, 4])
 
@@ -140,3 +140,101 @@ def test_an_id_that_is_none_is_a_400(server: Server, training: tinker.TrainingCl
     for bad in ("nonsense/x", "weights/a/b", "..%2F..%2Fetc"):
         answer = http.request(method, f"training_runs/{training.model_id}/checkpoints/{bad}/publish")
         assert (answer.status_code, "checkpoint_id" in detail(answer)) == (400, True)
+
+
+# Copies
+
+
+def test_a_copy_shares_nothing_but_its_content(
+    server: Server, client: tinker.ServiceClient, training: tinker.TrainingClient, rest: tinker.RestClient
+) -> None:
+    path = training.save_state("to-copy", ttl_seconds=7200, user_metadata={"a": "b"}).result().path
+    copied = rest.copy_weights(path, "Default").result(timeout=10)
+    run, _, name = copied.removeprefix("tinker://").partition("/")
+    assert (run != training.model_id, name) == (True, "weights/to-copy")
+    (row,) = rest.list_checkpoints(run).result().checkpoints
+    assert (row.expires_at, row.public, row.user_metadata) == (None, False, {"a": "b"})
+    assert rest.get_training_run(run).result().corrupted is False
+    refused = server.raw().result(server.raw().optim(run, 1))
+    assert "cannot be trained on" in refused["error"]
+    # The source goes; the copy stays, with its files.
+    rest.delete_checkpoint_from_tinker_path(path).result()
+    again = client.create_training_client_from_state_with_optimizer(copied).result()
+    assert logprobs(again) == logprobs(training)
+    folder = server.data / "blobs" / "checkpoints"
+    before = len(list(folder.iterdir()))
+    rest.delete_checkpoint_from_tinker_path(copied).result()
+    wait_for(lambda: len(list(folder.iterdir())) == before - 1, what="the files to go with the last of them")
+
+
+def test_sampler_weights_are_copied_too_and_expire_when_told(
+    client: tinker.ServiceClient, training: tinker.TrainingClient, rest: tinker.RestClient
+) -> None:
+    path = training.save_weights_for_sampler("to-copy").result().path
+    copied = rest.copy_weights(path, "Default", ttl_seconds=3600).result(timeout=10)
+    (row,) = rest.list_checkpoints(copied.split("/")[2]).result().checkpoints
+    assert row.expires_at is not None
+    answers = [
+        client.create_sampling_client(model_path=each).result().compute_logprobs(PROMPT).result()
+        for each in (path, copied)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_one_key_makes_one_copy(server: Server, training: tinker.TrainingClient) -> None:
+    raw = server.raw()
+    paths = [training.save_state(f"once-{i}").result().path for i in range(2)]
+    body = {"source_path": paths[0], "destination_project_id": "Default"}
+    headers = {"X-Idempotency-Key": "the-key"}
+    first, again = (raw.post("copy_weights", body, headers=headers).json()["tinker_path"] for _ in range(2))
+    assert first == again
+    assert raw.ok("copy_weights", body)["tinker_path"] != first
+    other = raw.post("copy_weights", {**body, "source_path": paths[1]}, headers=headers)
+    assert (other.status_code, "X-Idempotency-Key" in detail(other)) == (400, True)
+    # A place in a session is a key as well.
+    session = raw.session()
+    body = {"source_path": paths[0], "session_id": session, "model_seq_id": 3}
+    first, again = (raw.ok("copy_weights", body)["tinker_path"] for _ in range(2))
+    assert first == again == f"tinker://{session}:train:3/weights/once-0"
+    taken = raw.post("copy_weights", {**body, "source_path": paths[1]})
+    assert (taken.status_code, "model_seq_id" in detail(taken)) == (400, True)
+
+
+def test_who_may_copy_is_who_may_read(
+    training: tinker.TrainingClient, rest: tinker.RestClient, strange_rest: tinker.RestClient
+) -> None:
+    path = training.save_state("guarded").result().path
+    with pytest.raises(tinker.NotFoundError, match="source_path"):
+        strange_rest.copy_weights(path, "Default").result(timeout=10)
+    with pytest.raises(tinker.BadRequestError, match="weights_access_token"):
+        strange_rest.copy_weights(path, "Default", weights_access_token="tml-no").result(timeout=10)
+    by_token = strange_rest.copy_weights(path, "Default", weights_access_token=KEY).result(timeout=10)
+    rest.publish_checkpoint_from_tinker_path(path).result()
+    published = strange_rest.copy_weights(path, "Default").result(timeout=10)
+    listed = {each.tinker_path for each in strange_rest.list_user_checkpoints().result().checkpoints}
+    assert {by_token, published} <= listed
+    with pytest.raises(tinker.NotFoundError):
+        rest.get_weights_info_by_tinker_path(by_token).result()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"source_path": "nonsense"}, "source_path"),
+        ({"source_path": None}, "source_path"),
+        ({"destination_project_id": None}, "destination_project_id"),
+        ({"destination_project_id": "none"}, "destination_project_id"),
+        ({"session_id": "x"}, "destination_project_id"),
+        ({"destination_project_id": None, "session_id": "none", "model_seq_id": 0}, "session_id"),
+        ({"destination_project_id": None, "session_id": "none"}, "model_seq_id"),
+        ({"ttl_seconds": 5}, "ttl_seconds"),
+    ],
+)
+def test_a_copy_that_cannot_be_is_refused_by_name(
+    server: Server, training: tinker.TrainingClient, change: dict[str, object], says: str
+) -> None:
+    path = training.save_state("refused", overwrite=True).result().path
+    body = {"source_path": path, "destination_project_id": "Default", **change}
+    answer = server.raw().post("copy_weights", body)
+    assert answer.status_code in (400, 404)
+    assert detail(answer).startswith(says)

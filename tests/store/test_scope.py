@@ -55,7 +55,7 @@ UNSCOPED = {
     "commands.add", "commands.finish", "commands.fetched", "commands.drop_results",
     "commands.drop_replayable_bodies", "commands.blob_keys",
     "checkpoints.add", "checkpoints.delete", "checkpoints.set_expiry", "checkpoints.set_published",
-    "checkpoints.folders",
+    "checkpoints.folders", "checkpoints.is_there", "checkpoints.shares_folder",
     "samplers.next_clone",
     "uploads.finish", "uploads.old", "uploads.delete", "uploads.folders",
     "traces.keep_newest", "traces.drop_old",
@@ -101,6 +101,7 @@ def test_the_api_and_whatever_knows_a_caller_asks_within_the_callers_scope() -> 
     adds it here."""
     allowed = {
         "service/catalog.py": {"_views", "sweep"},
+        "service/copies.py": {"copy"},  # of a checkpoint that the caller may read
         "service/external.py": {"file"},  # whoever has a signed URL is nobody in particular
         "service/limit_administration.py": {"_every"},  # the operator
         "service/limits.py": {"_look"},

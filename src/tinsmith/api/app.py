@@ -57,6 +57,7 @@ _ROUTES = [
     route("cancel_future", futures.cancel, counted=False),
     # Runs and checkpoints
     route("weights_info", checkpoints.weights_info),
+    route("copy_weights", checkpoints.copy),
     route("training_runs", checkpoints.list_runs, method="GET"),
     route("training_runs/{run_id}", checkpoints.get_run, method="GET"),
     route("training_runs/{run_id}/checkpoints", checkpoints.list_of_run, method="GET"),

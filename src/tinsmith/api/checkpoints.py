@@ -7,7 +7,7 @@ from starlette.responses import Response
 from tinsmith.service.catalog import Checkpoint, RunView
 from tinsmith.wire.optimizers import config_of
 from tinsmith.wire.paths import TinkerPath
-from tinsmith.wire.requests import HOUR, TEN_YEARS
+from tinsmith.wire.requests import HOUR, TEN_YEARS, CopyWeights
 
 from .http import Call, iso_time, json_response
 from .sessions import _texts
@@ -63,6 +63,14 @@ async def unpublish(call: Call) -> Response:
     path = TinkerPath.from_checkpoint_id(call.path("run_id"), checkpoint_id)
     await call.service.catalog.publish(call.caller, path, False)
     return json_response({})
+
+
+async def copy(call: Call) -> Response:
+    request = CopyWeights.read(await call.fields())
+    headers = call.request.headers
+    token = headers.get("x-tinker-weights-access-token") or request.weights_access_token
+    path = await call.service.copies.copy(call.caller, request, token, headers.get("x-idempotency-key"))
+    return json_response({"tinker_path": str(path)})
 
 
 async def set_ttl(call: Call) -> Response:

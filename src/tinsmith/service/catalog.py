@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -147,7 +146,7 @@ class Catalog:
 
     async def _forget(self, row: CheckpointRow) -> None:
         self._samplers.forget_checkpoint(row.id)
-        await asyncio.to_thread(self._context.blobs.delete, row.folder)
+        await self._context.drop_files(row.folder)
 
 
 def _record(

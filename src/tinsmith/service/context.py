@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tinsmith.blobs import LocalBlobs
 from tinsmith.engine.commands import EngineClient, ModelInfo
 from tinsmith.settings import Settings
-from tinsmith.store import Connection, Store, WriteFailed
+from tinsmith.store import Connection, Store, WriteFailed, checkpoints
 
 from .errors import NotFound, Refused, Unwritable
 from .limits import Limits
@@ -72,6 +72,11 @@ class Context:
             return await self.store.write(work)
         except WriteFailed as error:
             raise Unwritable(error) from error
+
+    async def drop_files(self, folder: str) -> None:
+        """Delete the files of a checkpoint that is gone, unless a copy of it shares them."""
+        if not await self.store.read(lambda connection: checkpoints.shares_folder(connection, folder)):
+            await asyncio.to_thread(self.blobs.delete, folder)
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[Any]:
         """Run `work` beside everything else; a request that started it may go away meanwhile."""

@@ -341,6 +341,11 @@ class Run:
             return await self._lost()
         if self.phase == "failed":
             return f"this training run could not be created: {self._why_failed or 'see its create request'}"
+        if self.row.state == "copy":
+            return (
+                "this training run holds a copy of weights and cannot be trained on; create a training client"
+                " from it with create_training_client_from_state()"
+            )
         if self.phase == "closed":
             return "the session of this training run has finished; create a new training client"
         if self.phase == "fresh":
@@ -455,6 +460,8 @@ def _phase_of(row: RunRow) -> Phase:
         return "failed"
     if row.state == "fresh":
         return "fresh"
+    if row.state == "copy":
+        return "closed"
     return "away" if row.snapshot is not None else "lost"
 
 

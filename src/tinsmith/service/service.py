@@ -17,6 +17,7 @@ from .billing import Billing
 from .caller import Caller
 from .catalog import Catalog
 from .context import Context
+from .copies import Copies
 from .errors import Unavailable
 from .external import External
 from .futures import Outcome, Pending
@@ -50,6 +51,7 @@ class Service:
         self.training = Training(self.context, self.sessions, self.keys, self.runs, self.audit)
         self.asides = Asides(self.context, self.sessions)
         self.catalog = Catalog(self.context, self.sessions, self.runs, self.samplers)
+        self.copies = Copies(self.context, self.sessions, self.keys, self.catalog)
         signer = Signer(settings.data / "url-signing.key")
         self.external = External(self.context, self.catalog, signer, self.audit)
         self.uploads = Uploads(self.context, self.sessions, signer)

@@ -296,7 +296,7 @@ class StepMaker:
     def _saved(self, release: Callable[[], None], replaced: object) -> None:
         release()
         if isinstance(replaced, str):
-            self.context.spawn(asyncio.to_thread(self.context.blobs.delete, replaced))
+            self.context.spawn(self.context.drop_files(replaced))
 
     def _not_saved(self, release: Callable[[], None], folder: str) -> None:
         release()

@@ -144,6 +144,16 @@ def expired(connection: sa.Connection, scope: Scope, now: float) -> list[Checkpo
     return [_read(row) for row in connection.execute(query)]
 
 
+def is_there(connection: sa.Connection, checkpoint_id: str) -> bool:
+    return connection.scalar(sa.select(checkpoints.c.id).where(checkpoints.c.id == checkpoint_id)) is not None
+
+
+def shares_folder(connection: sa.Connection, folder: str) -> bool:
+    """Whether some checkpoint still has its files in `folder`: copies share them."""
+    query = sa.select(checkpoints.c.id).where(checkpoints.c.folder == folder).limit(1)
+    return connection.scalar(query) is not None
+
+
 def folders(connection: sa.Connection) -> set[str]:
     return {str(key) for key in connection.scalars(sa.select(checkpoints.c.folder))}
 

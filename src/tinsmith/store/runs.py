@@ -13,7 +13,7 @@ from tinsmith.wire.optimizers import Family
 from .scope import Scope
 from .tables import runs
 
-RunState = Literal["fresh", "live", "failed"]
+RunState = Literal["fresh", "live", "failed", "copy"]
 
 
 @dataclass(frozen=True, slots=True)

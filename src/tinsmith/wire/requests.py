@@ -204,6 +204,37 @@ class LoadWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyWeights:
+    """Which weights are copied, and where to: into a project, or to a place in a session."""
+
+    source_path: str
+    destination_project_id: str | None
+    session_id: str | None
+    model_seq_id: int | None
+    ttl_seconds: int | None
+    weights_access_token: str | None
+
+    @classmethod
+    def read(cls, fields: Fields) -> CopyWeights:
+        session_id = fields.optional_text("session_id")
+        project = fields.optional_text("destination_project_id")
+        if session_id is None and project is None:
+            raise fields.error(
+                "destination_project_id", "is missing; give a project, or session_id and model_seq_id"
+            )
+        if session_id is not None and project is not None:
+            raise fields.error("destination_project_id", "cannot be given beside session_id")
+        return cls(
+            source_path=fields.text("source_path", longest=2048),
+            destination_project_id=project,
+            session_id=session_id,
+            model_seq_id=fields.integer("model_seq_id", least=0) if session_id is not None else None,
+            ttl_seconds=fields.optional_integer("ttl_seconds", least=HOUR, most=TEN_YEARS),
+            weights_access_token=fields.optional_text("weights_access_token"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class CreateByLoad:
     """A load_weights that creates its run: whose it is, and on which base."""
 
