@@ -105,7 +105,6 @@ def test_the_api_and_whatever_knows_a_caller_asks_within_the_callers_scope() -> 
         "service/external.py": {"file"},  # whoever has a signed URL is nobody in particular
         "service/limit_administration.py": {"_every"},  # the operator
         "service/limits.py": {"_look"},
-        "service/limit_administration.py": {"_every"},
         "service/metering.py": {"_accrue", "accrue"},
         "service/run.py": {"_lost"},
         "service/runs.py": {"take_up"},
