@@ -86,6 +86,7 @@ _ROUTES = [
         act="checkpoint delete",
     ),
     route("checkpoints", checkpoints.list_all, method="GET"),
+    route("checkpoints/search", checkpoints.search),
     route(
         "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/external_weights_urls",
         external.urls,

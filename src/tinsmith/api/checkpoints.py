@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from tinsmith.service.catalog import Checkpoint, RunView
+from tinsmith.wire.checkpoint_search import CheckpointSearch
 from tinsmith.wire.optimizers import config_of
 from tinsmith.wire.paths import TinkerPath
 from tinsmith.wire.requests import HOUR, TEN_YEARS, CopyWeights
@@ -46,6 +47,17 @@ async def list_all(call: Call) -> Response:
             "cursor": {"offset": offset, "limit": limit, "total_count": total},
         }
     )
+
+
+async def search(call: Call) -> Response:
+    wanted = CheckpointSearch.read(await call.fields())
+    found, more = await call.service.catalog.search_checkpoints(call.caller, wanted)
+    cursor: dict[str, str] | None = None
+    if more:
+        last = found[-1].row
+        cursor = {"last_created_at": iso_time(last.created_at), "last_checkpoint_uuid": last.id}
+    answers = [{**_checkpoint(each.row), "base_model": each.base_model} for each in found]
+    return json_response({"checkpoints": answers, "next_cursor": cursor})
 
 
 async def delete(call: Call) -> Response:

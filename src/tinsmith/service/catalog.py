@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from tinsmith.store import Connection, checkpoints, runs
+from tinsmith.store import Connection, checkpoint_search, checkpoints, runs
+from tinsmith.store.checkpoint_search import FoundCheckpoint
 from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.runs import RunRow
 from tinsmith.store.scope import SERVER
+from tinsmith.wire.checkpoint_search import CheckpointSearch
 from tinsmith.wire.paths import TinkerPath
 
 from .audit import Actor, about_checkpoint, record
@@ -88,6 +90,24 @@ class Catalog:
         return await self._context.store.read(
             lambda connection: checkpoints.page(connection, caller.scope(), limit, offset, time.time())
         )
+
+    async def search_checkpoints(
+        self, caller: Caller, wanted: CheckpointSearch
+    ) -> tuple[list[FoundCheckpoint], bool]:
+        """A page of what is found, and whether there is more."""
+        scope = caller.scope()
+        if wanted.owner == "own":
+            scope = scope.mine()
+        if wanted.project_ids is not None:
+            ids = [
+                await self._sessions.listable(caller, each, f"project_ids[{i}]")
+                for i, each in enumerate(wanted.project_ids)
+            ]
+            wanted = replace(wanted, project_ids=tuple(ids))
+        found = await self._context.store.read(
+            lambda connection: checkpoint_search.search(connection, scope, wanted, time.time())
+        )
+        return found[: wanted.limit], len(found) > wanted.limit
 
     async def checkpoint(
         self, caller: Caller, path: TinkerPath, *, own: bool = False

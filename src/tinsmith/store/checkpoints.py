@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -83,14 +84,14 @@ def find(
             _alive(now),
         )
     ).one_or_none()
-    return _read(row) if row is not None else None
+    return read(row) if row is not None else None
 
 
 def get(connection: sa.Connection, checkpoint_id: str, scope: Scope, now: float) -> CheckpointRow | None:
     row = connection.execute(
         checkpoints.select().where(scope.rows(checkpoints), checkpoints.c.id == checkpoint_id, _alive(now))
     ).one_or_none()
-    return _read(row) if row is not None else None
+    return read(row) if row is not None else None
 
 
 def newest(
@@ -104,12 +105,12 @@ def newest(
         .order_by(checkpoints.c.seq_id.desc())
         .limit(1)
     ).one_or_none()
-    return _read(row) if row is not None else None
+    return read(row) if row is not None else None
 
 
 def of_run(connection: sa.Connection, run_id: str, scope: Scope, now: float) -> list[CheckpointRow]:
     query = checkpoints.select().where(scope.rows(checkpoints), checkpoints.c.run_id == run_id, _alive(now))
-    return [_read(row) for row in connection.execute(query.order_by(checkpoints.c.created_at))]
+    return [read(row) for row in connection.execute(query.order_by(checkpoints.c.created_at))]
 
 
 def page(
@@ -119,7 +120,7 @@ def page(
     mine = scope.rows(checkpoints) & _alive(now)
     total = connection.scalar(sa.select(sa.func.count()).select_from(checkpoints).where(mine)) or 0
     query = checkpoints.select().where(mine).order_by(checkpoints.c.created_at.desc(), checkpoints.c.id)
-    return [_read(row) for row in connection.execute(query.limit(limit).offset(offset))], total
+    return [read(row) for row in connection.execute(query.limit(limit).offset(offset))], total
 
 
 def delete(connection: sa.Connection, checkpoint_id: str) -> None:
@@ -141,7 +142,7 @@ def set_published(connection: sa.Connection, checkpoint_id: str, published_at: f
 
 def expired(connection: sa.Connection, scope: Scope, now: float) -> list[CheckpointRow]:
     query = checkpoints.select().where(scope.rows(checkpoints), checkpoints.c.expires_at <= now).limit(100)
-    return [_read(row) for row in connection.execute(query)]
+    return [read(row) for row in connection.execute(query)]
 
 
 def is_there(connection: sa.Connection, checkpoint_id: str) -> bool:
@@ -162,7 +163,8 @@ def _alive(now: float) -> sa.ColumnElement[bool]:
     return checkpoints.c.expires_at.is_(None) | (checkpoints.c.expires_at > now)
 
 
-def _read(row: sa.Row[tuple[object, ...]]) -> CheckpointRow:
-    values = dict(row._mapping)
+def read(row: Any) -> CheckpointRow:
+    """A row (sa.Row) of the table, which may have other columns beside its own."""
+    values = {name: row._mapping[name] for name in CheckpointRow.__dataclass_fields__}
     values["user_metadata"] = json.loads(values["user_metadata"]) if values["user_metadata"] else None
     return CheckpointRow(**values)

@@ -15,7 +15,7 @@ OwnerKind = Literal["own", "accessible", "user"]
 FinishReason = Literal["success", "errored", "interrupted"]
 
 _STATUSES: tuple[StatusKind, ...] = ("active", "cancelled", "failed", "client_finished")
-_OWNERS: tuple[OwnerKind, ...] = ("own", "accessible", "user")
+OWNERS: tuple[OwnerKind, ...] = ("own", "accessible", "user")
 _REASONS: tuple[FinishReason, ...] = ("success", "errored", "interrupted")
 _MOST_OWNERS = 10
 
@@ -53,15 +53,15 @@ class SessionSearch:
     @classmethod
     def read(cls, fields: Fields) -> SessionSearch:
         owner = fields.optional_child("owner") or Fields({}, "owner")
-        kind = _one_of(owner, "type", _OWNERS, "own")
+        kind = one_of(owner, "type", OWNERS, "own")
         name = fields.optional_text("display_name")
         return cls(
             session_id=fields.optional_text("session_id"),
             display_name=tuple(name.casefold().split()) if name is not None else (),
-            project_ids=_texts(fields, "project_ids") if fields.has("project_ids") else None,
+            project_ids=read_texts(fields, "project_ids") if fields.has("project_ids") else None,
             user_metadata=fields.text_metadata("user_metadata") or {},
             owner=kind,
-            owner_ids=_owners(owner) if kind == "user" else (),
+            owner_ids=read_owners(owner) if kind == "user" else (),
             statuses=_statuses(fields) if fields.has("statuses") else None,
             limit=fields.optional_integer("limit", least=1, most=200) or 50,
             cursor=_cursor(fields.child("cursor")) if fields.has("cursor") else None,
@@ -72,7 +72,7 @@ def _statuses(fields: Fields) -> tuple[StatusFilter, ...]:
     found: list[StatusFilter] = []
     for index, item in enumerate(_not_empty(fields, "statuses")):
         query = Fields(item, f"statuses[{index}]")
-        kind = _one_of(query, "type", _STATUSES, None)
+        kind = one_of(query, "type", _STATUSES, None)
         reasons = _REASONS
         if kind == "client_finished" and query.has("reasons"):
             given = _not_empty(query, "reasons")
@@ -83,8 +83,8 @@ def _statuses(fields: Fields) -> tuple[StatusFilter, ...]:
     return tuple(found)
 
 
-def _owners(fields: Fields) -> tuple[str, ...]:
-    urns = _texts(fields, "owner_urns")
+def read_owners(fields: Fields) -> tuple[str, ...]:
+    urns = read_texts(fields, "owner_urns")
     if not 1 <= len(urns) <= _MOST_OWNERS:
         raise fields.error("owner_urns", f"must be a list of 1 to {_MOST_OWNERS} URNs of users")
     ids = [user_of_urn(urn) for urn in urns]
@@ -97,16 +97,20 @@ def _owners(fields: Fields) -> tuple[str, ...]:
 
 
 def _cursor(fields: Fields) -> SessionCursor:
-    text = fields.text("last_created_at")
+    return SessionCursor(read_time(fields, "last_created_at"), fields.text("last_session_id"))
+
+
+def read_time(fields: Fields, name: str) -> float:
+    """Seconds since 1970."""
+    text = fields.text(name)
     try:
         when = datetime.fromisoformat(text)
-        created_at = (when if when.tzinfo is not None else when.replace(tzinfo=UTC)).timestamp()
+        return (when if when.tzinfo is not None else when.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
-        raise fields.error("last_created_at", f"must be an ISO 8601 time, not {text[:60]!r}") from None
-    return SessionCursor(created_at, fields.text("last_session_id"))
+        raise fields.error(name, f"must be an ISO 8601 time, not {text[:60]!r}") from None
 
 
-def _one_of(fields: Fields, name: str, known: tuple[T, ...], default: T | None) -> T:
+def one_of(fields: Fields, name: str, known: tuple[T, ...], default: T | None) -> T:
     value = fields.raw(name)
     for each in known:
         if value == each or (value is None and each == default):
@@ -121,7 +125,7 @@ def _not_empty(fields: Fields, name: str) -> list[object]:
     return items
 
 
-def _texts(fields: Fields, name: str) -> tuple[str, ...]:
+def read_texts(fields: Fields, name: str) -> tuple[str, ...]:
     items = fields.array(name)
     if not all(isinstance(item, str) and item and len(item) <= 1024 for item in items):
         raise WireError(f"{fields.where}.{name}" if fields.where else name, "must be a list of texts")
