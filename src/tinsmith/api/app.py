@@ -11,11 +11,25 @@ from starlette.routing import Mount, Route
 from tinsmith.service.errors import Unauthorized
 from tinsmith.service.service import Service
 
-from . import audit, auth, billing, checkpoints, external, futures, sampling, service_info, sessions, training
+from . import (
+    audit,
+    auth,
+    billing,
+    checkpoints,
+    external,
+    futures,
+    openapi,
+    sampling,
+    service_info,
+    sessions,
+    training,
+)
 from .http import authenticate, error_response, route, service_error, signed_route
 
 _ROUTES = [
     Route("/api/v1/healthz", service_info.healthz, methods=["GET"]),
+    Route("/api/v1/openapi.json", openapi.document, methods=["GET"]),
+    Route("/openapi.json", openapi.document, methods=["GET"]),
     route("client/config", service_info.client_config, counted=False),
     route("client/dynamic_config", service_info.dynamic_config, counted=False),
     route("get_server_capabilities", service_info.capabilities, method="GET", counted=False),
@@ -125,4 +139,5 @@ def make_app(service: Service, root_path: str = "") -> Starlette:
         exception_handlers={404: _not_found, 405: _not_found, HTTPException: _http_error},
     )
     app.state.service = service
+    app.state.openapi = openapi.encode_document(_ROUTES, root_path)
     return app

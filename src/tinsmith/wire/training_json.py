@@ -29,6 +29,8 @@ def read_target(body: bytes) -> tuple[Target, Fields]:
 
 def to_protobuf(target: Target, fields: Fields, forward_only: bool) -> bytes:
     """A serialized ForwardBackwardRequest. Raises WireError for content that cannot be put into one."""
+    if target.seq_id > _INT32:
+        raise fields.error("seq_id", f"must be at most {_INT32}, not {target.seq_id}")
     given = fields.child("forward_input" if forward_only else "forward_backward_input")
     message = pb.ForwardBackwardRequest(
         model_id=target.model_id,
