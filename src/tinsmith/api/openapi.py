@@ -40,7 +40,11 @@ _PATH_PARAMETERS: dict[str, Schema] = {
     "name": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": CHECKPOINT_NAME},
     "checkpoint_id": name_of("checkpoint"),
     "file": text(),
+    "upload_id": name_of("upload"),
 }
+
+
+_BINARY: Schema = {"type": "string", "format": "binary"}
 
 
 def path_of(route: Route) -> str:
@@ -94,10 +98,10 @@ def _operation(path: str, about: Operation) -> dict[str, Any]:
     if about.body is not None:
         content: dict[str, Any] = {"application/json": {"schema": about.body}}
         if about.protobuf_body is not None:
-            content[PROTOBUF] = {
-                "schema": {"type": "string", "format": "binary", "description": about.protobuf_body}
-            }
+            content[PROTOBUF] = {"schema": {**_BINARY, "description": about.protobuf_body}}
         found["requestBody"] = {"content": content, "required": bool(about.body.get("required", True))}
+    if about.binary_body:
+        found["requestBody"] = {"content": {"application/octet-stream": {"schema": _BINARY}}}
     general = _OF_EVERY_KEY if about.key else (400, 503)
     for status in sorted({*general, *about.statuses}):
         schema = ERROR if status != 408 else {"type": "object"}
@@ -120,9 +124,7 @@ def _answer(about: Operation) -> dict[str, Any]:
     else:
         content = {"application/json": {"schema": about.answer}}
         if about.protobuf_answer is not None:
-            content[PROTOBUF] = {
-                "schema": {"type": "string", "format": "binary", "description": about.protobuf_answer}
-            }
+            content[PROTOBUF] = {"schema": {**_BINARY, "description": about.protobuf_answer}}
     return {"description": "Done", "content": content}
 
 

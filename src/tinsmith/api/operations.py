@@ -49,6 +49,7 @@ class Operation:
     key: bool = True
     protobuf_body: str | None = None
     protobuf_answer: str | None = None
+    binary_body: bool = False
     files: bool = False
 
 
@@ -59,6 +60,7 @@ _MODEL = name_of("model")
 _TINKER_PATH = name_of("path", longest=2048, pattern=_PATH)
 _TTL = integer(HOUR, TEN_YEARS)
 _PAGE: dict[str, Schema] = {"limit": INTEGER, "offset": INTEGER}
+_SIGNED: dict[str, Schema] = {"expires": STRING, "signature": STRING}
 _PLACE = integer(0)
 
 _RECEIPT = record({"request_id": STRING, "model_id": maybe(STRING)})
@@ -308,7 +310,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         answer=record({"status": one_of("pending", "ready", "failed")}, {"url": STRING, "error": STRING}),
     ),
     ("GET", "traces/{name}"): Operation(
-        "A timeline's file", "sessions", query={"expires": STRING, "signature": STRING},
+        "A timeline's file", "sessions", query=_SIGNED,
         statuses=(403, 404, 410), key=False, files=True,
     ),
     # Training
@@ -472,8 +474,23 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         answer=record({"urls": TEXTS, "expires": TIME}),
     ),
     ("GET", "external_weights/{checkpoint_id}/{file}"): Operation(
-        "A file of external weights", "checkpoints", query={"expires": STRING, "signature": STRING},
+        "A file of external weights", "checkpoints", query=_SIGNED,
         statuses=(403, 404, 410), key=False, files=True,
+    ),
+    ("POST", "external_weights_upload_start"): Operation(
+        "Signed URLs that take a checkpoint's files from elsewhere", "checkpoints",
+        body=record(
+            {"base_model": _MODEL, "lora_config": _LORA}, {"destination_project_id": name_of("project")}
+        ),
+        answer=record({"upload_id": STRING, "urls": TEXTS, "expires": TIME}), statuses=(402,),
+    ),
+    ("PUT", "external_weights_uploads/{upload_id}/{file}"): Operation(
+        "Take a file of an upload", "checkpoints", query=_SIGNED, statuses=(403, 404, 410), key=False,
+        answer=_EMPTY, binary_body=True,
+    ),
+    ("POST", "external_weights_upload_finish"): Operation(
+        "Make a checkpoint of an upload", "checkpoints", body=record({"upload_id": name_of("upload")}),
+        answer=record({"tinker_path": STRING}), statuses=(402,),
     ),
     # Billing
     ("GET", "billing/usage/events"): Operation(

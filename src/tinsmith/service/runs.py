@@ -314,6 +314,9 @@ class Runs:
         if self._used:
             used, self._used = self._used, {}
             self._context.store.write_soon(lambda connection: runs.touch(connection, used))
+            for run_id, when in used.items():  # rows that are at hand know it, too
+                if (run := self._runs.get(run_id)) is not None:
+                    run.row = replace(run.row, last_request_at=when)
 
     def last_used(self, row: RunRow) -> float:
         return max(row.last_request_at, self._used.get(row.id, 0.0))

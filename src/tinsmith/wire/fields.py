@@ -19,7 +19,7 @@ def parse_object(body: bytes) -> Fields:
     """The JSON object in `body`."""
     try:
         value = json.loads(body)
-        if b"\\ud" in body or b"\\uD" in body:  # half of a pair is no character, and no text can be stored with it
+        if b"\\ud" in body or b"\\uD" in body:  # half of a pair is no character, and cannot be stored
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise WireError("body", f"is no valid JSON ({str(error)[:120]})") from None
