@@ -60,6 +60,8 @@ _MODEL = name_of("model")
 _TINKER_PATH = name_of("path", longest=2048, pattern=_PATH)
 _TTL = integer(HOUR, TEN_YEARS)
 _PAGE: dict[str, Schema] = {"limit": INTEGER, "offset": INTEGER}
+_ACCESS: dict[str, Schema] = {"access_scope": one_of("owned", "accessible")}
+_LISTING: dict[str, Schema] = {**_PAGE, **_ACCESS}
 _SIGNED: dict[str, Schema] = {"expires": STRING, "signature": STRING}
 _PLACE = integer(0)
 
@@ -90,6 +92,20 @@ _TRAINING_RUN = record(
         "last_request_time": TIME,
         "last_checkpoint": maybe(_CHECKPOINT),
         "last_sampler_checkpoint": maybe(_CHECKPOINT),
+        "user_metadata": maybe(TEXTS),
+    }
+)
+
+_SESSION_SUMMARY = record(
+    {
+        "session_id": STRING,
+        "created_at": TIME,
+        "owner": STRING,
+        "project_id": STRING,
+        "status": METADATA,
+        "checkpoints_count": INTEGER,
+        "checkpoint_storage_bytes": INTEGER,
+        "display_name": maybe(STRING),
         "user_metadata": maybe(TEXTS),
     }
 )
@@ -284,7 +300,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         answer=record({"type": one_of("session_heartbeat")}), statuses=(410,),
     ),
     ("GET", "sessions"): Operation(
-        "Sessions, the newest first", "sessions", query=_PAGE, answer=record({"sessions": array(STRING)})
+        "Sessions, the newest first", "sessions", query=_LISTING, answer=record({"sessions": array(STRING)})
     ),
     ("GET", "sessions/{session_id}"): Operation(
         "A session's runs and samplers", "sessions",
@@ -303,6 +319,25 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             {},
             {"reason": record({}, {"type": one_of("success", "errored", "interrupted")}), "detail": STRING},
         ),
+        answer=_EMPTY,
+    ),
+    ("POST", "sessions/search"): Operation(
+        "Sessions by name, project, owner, status and metadata", "sessions",
+        body=record(
+            {},
+            {
+                "session_id": text(),
+                "display_name": text(),
+                "project_ids": array(name_of("project"), minItems=1),
+                "user_metadata": TEXTS,
+                "owner": record({}, {"type": one_of("own", "everyone")}),
+                "limit": integer(1, 200),
+            },
+        ),
+        answer=record({"sessions": array(_SESSION_SUMMARY), "next_cursor": maybe(METADATA)}),
+    ),
+    ("PUT", "sessions/{session_id}/project"): Operation(
+        "Move a session into a project", "sessions", body=record({"project_id": name_of("project")}),
         answer=_EMPTY,
     ),
     ("GET", "sessions/{session_id}/trace_export"): Operation(
@@ -444,7 +479,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         answer=record({"base_model": STRING, "is_lora": BOOLEAN, "lora_rank": maybe(INTEGER)}),
     ),
     ("GET", "training_runs"): Operation(
-        "Runs, the newest first", "checkpoints", query=_PAGE,
+        "Runs, the newest first", "checkpoints", query={**_LISTING, "project_id": name_of("project")},
         answer=record({"training_runs": array(_TRAINING_RUN), "cursor": CURSOR}),
     ),
     ("GET", "training_runs/{run_id}"): Operation("A run", "checkpoints", answer=_TRAINING_RUN),
