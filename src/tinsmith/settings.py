@@ -55,6 +55,12 @@ class Settings:
         default=None,
         metadata=_about("bound for weights, adapters, caches and activations (8GB, 512MB)", bytes=True),
     )
+    deterministic: bool = field(
+        default=False,
+        metadata=_about(
+            "on a GPU: results to the last bit whatever runs beside them (a CPU always gives them)"
+        ),
+    )
     threads: int | None = field(default=None, metadata=_about("CPU threads of the engine", least=1))
     trust_remote_code: bool = field(
         default=False,

@@ -18,10 +18,13 @@ from tests.engine.test_sampler import PLENTY, ids, lps, run, sample, trainer_log
 from tests.engine.test_training import job_of, train
 from tests.engine.tiny import load, logprobs, make_run, relative, request, tokens
 from tests.families import make
-from tinsmith.engine.commands import Sample
+from tinsmith.engine import exactness_gpu
+from tinsmith.engine.commands import AdamParams, Sample
+from tinsmith.engine.exactness_gpu import failures_on_gpu
 from tinsmith.engine.kernels import gpu
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
+from tinsmith.engine.optimizers.adamw import adamw, fused
 from tinsmith.engine.runs import Run
 from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.training import TrainingJob, run_pass
@@ -185,3 +188,33 @@ class TestSampling:
                 assert np.array_equal(lps(sequence), expected[len(prompt) - 1 :])
                 of_prompt = np.frombuffer(out.prompt_logprobs, np.float32)
                 assert np.array_equal(of_prompt[1:], expected[: len(prompt) - 1])
+
+
+def test_what_a_gpu_is_asked_at_start_holds_in_the_interpreter(
+    family: Folder, on_gpu: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu()
+    model = load(family("Qwen3"), torch.bfloat16)
+    (reason,) = failures_on_gpu(model, 32)
+    assert "without --deterministic" in reason
+    monkeypatch.setattr(exactness_gpu, "failures", lambda *_: [])  # minutes in the interpreter
+    with gpu.deterministic(), invariant.replaced(KIND):
+        assert failures_on_gpu(model, 32) == []
+        real = torch.nn.functional.linear
+        monkeypatch.setattr(
+            "tinsmith.engine.kernels.gpu_lora.F.linear",
+            lambda x, *rest: real(x, *rest) * (1 + 1e-2 * (len(x) > 100)),
+        )
+        assert {"gradients", "logprobs in training"} <= set(failures_on_gpu(model, 32))
+
+
+def test_adamw_by_torchs_fused_kernel_is_ours() -> None:
+    settings = AdamParams(1e-2, 0.9, 0.95, 1e-8, 0.1)
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(1000, generator=generator) for _ in range(2)]
+    ours, theirs = ([start[0].clone(), torch.zeros(1000), torch.zeros(1000)] for _ in range(2))
+    for step in (1, 2, 3):
+        adamw(ours[0], start[1] * step, ours[1], ours[2], step, settings)
+        fused(theirs[0], start[1] * step, theirs[1], theirs[2], step, settings)
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative(a, b) < 1e-6

@@ -80,6 +80,7 @@ async def _serve(settings: Settings, store: Store, make_engine: MakeEngine, new_
             max_rank=settings.max_rank,
             memory=settings.memory,
             threads=settings.threads,
+            deterministic=settings.deterministic,
             trust_remote_code=settings.trust_remote_code,
         )
     )

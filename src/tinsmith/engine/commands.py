@@ -334,6 +334,7 @@ class EngineConfig:
     memory: int | None = None
     threads: int | None = None
     trust_remote_code: bool = False
+    deterministic: bool = False  # on a GPU, where it costs speed: a CPU always is
 
 
 @dataclass(frozen=True, slots=True)

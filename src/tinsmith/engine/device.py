@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
+from tinsmith.engine.kernels import gpu
 from tinsmith.engine.model.base import ModelError
 
 
@@ -24,3 +27,19 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def make_deterministic(device: torch.device) -> None:
+    """One order for every sum on this GPU, whatever the batch, for the rest of the process. Raises ModelError
+    where there are no kernels that have it."""
+    if not gpu.takes(device):
+        raise ModelError(
+            f"--deterministic needs the Triton kernels, which do not serve {device}: "
+            f"{gpu.trouble(device.index or 0)}"
+        )
+    gpu.CHOICE.deterministic = True
+    # Before cuBLAS is first called; and sums of scattered rows without atomics, where torch has such a way.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    gpu.module("invariant").replace("cuda")

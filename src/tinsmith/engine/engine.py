@@ -45,9 +45,10 @@ from tinsmith.engine.commands import (
     SaveState,
     Share,
 )
-from tinsmith.engine.device import pick_device, pick_dtype
+from tinsmith.engine.device import make_deterministic, pick_device, pick_dtype
 from tinsmith.engine.encryption import read_recipients
 from tinsmith.engine.exactness import settle
+from tinsmith.engine.exactness_gpu import failures_on_gpu
 from tinsmith.engine.imports import import_adapter
 from tinsmith.engine.memory import LEAST, Budget, available_memory
 from tinsmith.engine.metrics import Metrics
@@ -81,6 +82,8 @@ class Engine:
             torch.set_num_threads(config.threads)
         self.config = config
         self.device = pick_device(config.device)
+        if config.deterministic and self.device.type == "cuda":
+            make_deterministic(self.device)
         dtype = pick_dtype(config.dtype, self.device)
         # Before the models are there: what they take is no longer free afterwards.
         memory = config.memory or available_memory(self.device)
@@ -100,7 +103,9 @@ class Engine:
         if self.device.type == "cpu":
             self._inexact = settle(list(self.models.values()), config.max_rank)
         else:
-            self._inexact = {name: ["CUDA: not tried"] for name in self.models}
+            self._inexact = {
+                name: failures_on_gpu(model, config.max_rank) for name, model in self.models.items()
+            }
         for name, reasons in self._inexact.items():
             for reason in reasons:
                 log.warning("%s: results depend on their company here: %s", name, reason)

@@ -39,7 +39,7 @@ def settle(models: Sequence[BaseModel], max_rank: int) -> dict[str, list[str]]:
     Returns what is not invariant even so, by model; then the smallest padding stays.
     """
     for model in models:
-        _settle_mixers(model)
+        settle_mixers(model)
     first: dict[str, list[str]] | None = None
     for PADDING.rows in PADDINGS:
         found = {model.name: failures(model, max_rank) for model in models}
@@ -97,7 +97,7 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
     return found
 
 
-def _settle_mixers(model: BaseModel) -> None:
+def settle_mixers(model: BaseModel) -> None:
     """Find how single tokens may go through the recurrent layers together and keep their bits: their
     elementwise functions take the last few numbers of a tensor by another way than the rest."""
     if model.mixers and not model.generic:

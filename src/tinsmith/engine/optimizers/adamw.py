@@ -39,9 +39,25 @@ def adamw(
         )  # fmt: skip
         return norm
     norm = clip(gradient, settings.grad_clip_norm)
+    if params.device.type == "cuda":
+        fused(params, gradient, first, second, step, settings)
+        return norm
     params.mul_(decay)
     first.lerp_(gradient, 1 - settings.beta1)
     second.mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)
     denominator = (second.sqrt() / correction).add_(settings.eps)
     params.addcdiv_(first, denominator, value=-rate)
     return norm
+
+
+@torch.no_grad()
+def fused(
+    params: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, settings: AdamParams
+) -> None:
+    """The same step behind the clipping, by torch's fused kernel: one pass over memory."""
+    steps = torch.full((), float(step), device=params.device)
+    torch._fused_adamw_(
+        [params], [gradient], [first], [second], [], [steps], lr=settings.learning_rate,
+        beta1=settings.beta1, beta2=settings.beta2, weight_decay=settings.weight_decay, eps=settings.eps,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
