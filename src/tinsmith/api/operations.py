@@ -512,6 +512,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "A file of external weights", "checkpoints", query=_SIGNED,
         statuses=(403, 404, 410), key=False, files=True,
     ),
+    ("POST", "copy_weights"): Operation(
+        "Copy a checkpoint into a project, or into a session", "checkpoints",
+        body=record(
+            {"source_path": _TINKER_PATH},
+            {"destination_project_id": name_of("project"), "session_id": _SESSION, "model_seq_id": _PLACE},
+        ),
+        answer=record({}), statuses=(402, 409, 410),
+    ),
     ("POST", "external_weights_upload_start"): Operation(
         "Signed URLs that take a checkpoint's files from elsewhere", "checkpoints",
         body=record(
