@@ -55,6 +55,7 @@ _ROUTES = [
     route("get_info", training.get_info),
     route("forward", training.forward, counted=False),
     route("forward_backward", training.forward_backward, counted=False),
+    route("create_custom_loss", training.create_custom_loss),
     route("optim_step", training.optim_step, counted=False),
     route("save_weights", training.save_weights, counted=False),
     route("save_weights_for_sampler", training.save_weights_for_sampler, counted=False),

@@ -33,7 +33,7 @@ CLIENT_CONFIG: dict[str, object] = {
     "create_model_via_load_weights": True,
     # Implemented, but a client that uses it never hears that a sample was lost in a restart.
     "sample_use_retrieve_futures": False,
-    "custom_loss_server_side": False,
+    "custom_loss_server_side": True,
     "sample_join_sampling_session": True,
 }
 

@@ -12,15 +12,25 @@ from tinsmith.service.runs import Receipt
 from tinsmith.wire.compression import MAGIC, decompress_prefix
 from tinsmith.wire.envelope import read_envelope
 from tinsmith.wire.errors import BodyTooLarge, WireError
+from tinsmith.wire.fields import parse_object
 from tinsmith.wire.optimizers import config_of
 from tinsmith.wire.requests import Target
 from tinsmith.wire.training_json import read_target, to_protobuf
 
 from .http import Call, json_response
 
+_LARGEST_LOSS = 1 << 20  # bytes of a traced graph
+
 
 async def create_model(call: Call) -> Response:
     return _receipt(await call.service.training.create_model(call.caller, await call.fields()))
+
+
+async def create_custom_loss(call: Call) -> Response:
+    body = await call.body()
+    if len(body) > _LARGEST_LOSS:
+        raise WireError("graph", f"the request has {len(body)} bytes; at most {_LARGEST_LOSS} are allowed")
+    return _receipt(await call.service.losses.create(call.caller, parse_object(body)))
 
 
 async def forward(call: Call) -> Response:

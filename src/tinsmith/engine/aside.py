@@ -29,6 +29,7 @@ from tinsmith.wire.sampling import Sampled
 from tinsmith.wire.training import ContentError
 
 SAMPLE, LOSS = "sample", "loss"
+MOST_LOSSES = 1000  # of a session
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,15 @@ def keep_loss(folder: str, loss_id: str, body: bytes) -> None:
     file = _file(folder, LOSS, loss_id)
     if file.exists() and file.read_bytes() != body:
         raise ContentError(f"custom_loss_seq_id: there is another custom loss {loss_id} in this session")
+    if len(list(file.parent.glob(f"{LOSS}-*"))) >= MOST_LOSSES:
+        raise ContentError(
+            f"this session has {MOST_LOSSES} custom losses already; create a new ServiceClient"
+        )
     _write(file, body, sync=True)
+
+
+def has_loss(folder: str, loss_id: str) -> bool:
+    return _file(folder, LOSS, loss_id).exists()
 
 
 class Aside:

@@ -178,6 +178,17 @@ class ReleaseRun:
     run: str
 
 
+@dataclass(frozen=True, slots=True)
+class CreateLoss:
+    """Keep a custom loss in the folder `aside`, under its id: `body` is the JSON of a traced graph, which is
+    read and judged here. With an empty body, say whether it is there. Answers {"loss_id": str | None}.
+    """
+
+    aside: str
+    loss_id: str
+    body: bytes
+
+
 # Sampling
 
 
@@ -271,6 +282,7 @@ Command = (
     | LoadState
     | Publish
     | ReleaseRun
+    | CreateLoss
     | OpenSampler
     | ReleaseSampler
     | Sample

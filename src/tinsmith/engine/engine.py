@@ -19,11 +19,12 @@ import transformers
 
 from tinsmith.engine import adapter_files
 from tinsmith.engine.adapter_files import FolderError, WriteError
-from tinsmith.engine.aside import Aside
+from tinsmith.engine.aside import Aside, has_loss, keep_loss
 from tinsmith.engine.commands import (
     Cancel,
     Command,
     CreateAdapter,
+    CreateLoss,
     Done,
     EngineConfig,
     EngineInfo,
@@ -50,6 +51,7 @@ from tinsmith.engine.encryption import read_recipients
 from tinsmith.engine.exactness import settle
 from tinsmith.engine.exactness_gpu import failures_on_gpu
 from tinsmith.engine.imports import import_adapter
+from tinsmith.engine.losses.custom import read_program
 from tinsmith.engine.memory import LEAST, Budget, available_memory
 from tinsmith.engine.metrics import Metrics
 from tinsmith.engine.model.attention import PADDING
@@ -215,6 +217,12 @@ class Engine:
                 began = time.time()
                 self._create(command)
                 answer(Done({}, times={"started": began}))
+            case CreateLoss():
+                if command.body:
+                    read_program(command.body)
+                    keep_loss(command.aside, command.loss_id, command.body)
+                found = has_loss(command.aside, command.loss_id)
+                answer(Done({"loss_id": command.loss_id if found else None}))
             case OpenSampler():
                 self.snapshots.open(command.sampler, self._model(command.model), command.path)
                 answer(Done({}))

@@ -19,7 +19,7 @@ from tinsmith.engine.aside import Aside
 from tinsmith.engine.commands import Reply
 from tinsmith.engine.kernels import elementwise
 from tinsmith.engine.kernels.elementwise import LogSoftmax
-from tinsmith.engine.losses import LOSSES, Loss
+from tinsmith.engine.losses import Loss, find_loss
 from tinsmith.engine.model.attention import TILE, pad_rows, round_up
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights, Gradients, Layout
@@ -65,16 +65,11 @@ class TrainingJob:
         aside: Aside | None = None,
     ) -> None:
         """Checks the content; raises ContentError."""
-        loss = LOSSES.get(request.loss_fn)
-        if loss is None:
-            raise ContentError(
-                f"loss_fn {request.loss_fn!r} is not known; use one of: {', '.join(sorted(LOSSES))}"
-            )
-        self.loss: Loss = loss
+        aside = aside or Aside(None)
+        loss = self.loss = find_loss(request, aside)
         self.config: Mapping[str, float] = loss.settings(request.config)
         self.model, self.layout, self.weights = model, layout, weights
         self.forward_only = request.forward_only
-        aside = aside or Aside(None)
         self.sequences = [_check(loss, d, i, model, aside) for i, d in enumerate(request.data)]
         aside.touch()
         self.cuts = _cut([s.tokens.numel() for s in self.sequences])
@@ -91,15 +86,19 @@ class TrainingJob:
         self.next = 0
         self.outputs: list[Array] = []
         self.loss_sums: list[float] = []
+        self.refusal = ""
         self.metrics: list[Mapping[str, float]] = []  # of each datum, where the loss has any
         self.gradients = None if self.forward_only else Gradients(self.layout, self.model.device)
 
     @property
     def done(self) -> bool:
-        return self.next == len(self.cuts)
+        return self.next == len(self.cuts) or bool(self.refusal)
 
     def result(self) -> bytes:
-        """The encoded ForwardBackwardOutput. Raises ContentError for a loss that is not finite."""
+        """The encoded ForwardBackwardOutput. Raises ContentError for a loss that could not be computed, or is
+        not finite."""
+        if self.refusal:
+            raise ContentError(f"{self.refusal}. Nothing was accumulated")
         total = math.fsum(self.loss_sums)
         if not math.isfinite(total) or (
             self.gradients is not None and not math.isfinite(gradient_norm(self.gradients.flat))
@@ -263,7 +262,7 @@ def _loss(
         for part in parts:
             logits = unembed(part, backward=once and gradient is not None)
             logprobs[part] = logits.logprobs
-        dlp = _datum_losses(job, sequences, logprobs.cpu(), backward=gradient is not None)
+        dlp = _datum_losses(job, sequences, cut.first, logprobs.cpu(), backward=gradient is not None)
         for part in parts if gradient is not None else ():
             if once or bool(dlp[part].any()):
                 take_back(logits if once else unembed(part, backward=True), part, dlp[part].to(device))
@@ -364,19 +363,23 @@ def _token_losses(
 
 
 def _datum_losses(
-    job: TrainingJob, sequences: Sequence[_Sequence], logprobs: Tensor, *, backward: bool
+    job: TrainingJob, sequences: Sequence[_Sequence], first: int, logprobs: Tensor, *, backward: bool
 ) -> Tensor:
-    """A loss of whole datums over one block: values and metrics into the job; d loss / d logprobs, in the
-    shape of `logprobs` [rows, width], zeros where there is nothing."""
+    """A loss of whole datums, `first` and those behind it, over one block: values and metrics into the job;
+    d loss / d logprobs, in the shape of `logprobs` [rows, width], zeros where there is nothing."""
     dlp = torch.zeros_like(logprobs)
-    for s, rows in _rows_of(sequences):
-        with torch.set_grad_enabled(backward):
-            leaf = logprobs[rows, : _width(s)].reshape(s.targets.shape).clone().requires_grad_(backward)
-            value, metrics = job.loss.of_datum(leaf, s.inputs, job.config)
+    for index, (s, rows) in enumerate(_rows_of(sequences), first):
+        leaf = logprobs[rows, : _width(s)].reshape(s.targets.shape).clone().requires_grad_(backward)
+        try:
+            with torch.set_grad_enabled(backward):
+                value, metrics = job.loss.of_datum(leaf, s.inputs, job.config)
+            gradient = job.loss.gradient(value, leaf) if backward else None
+        except ContentError as error:
+            job.refusal = job.refusal or f"data[{index}]: {error}"
+            continue
         job.loss_sums.append(float(value.detach().double().sum()))
         job.metrics.append(metrics)
-        if backward:
-            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        if gradient is not None:
             dlp[rows, : _width(s)] = gradient.reshape(-1, _width(s))
     return dlp
 

@@ -23,6 +23,7 @@ from .external import External
 from .futures import Outcome, Pending
 from .identity import Identities
 from .keys import KeyRing
+from .losses import CustomLosses, is_loss
 from .runs import Runs
 from .samplers import Samplers
 from .sampling import Sampling, is_sample
@@ -50,6 +51,7 @@ class Service:
         self.runs = Runs(self.context, self.sessions, self.samplers.published)
         self.training = Training(self.context, self.sessions, self.keys, self.runs, self.audit)
         self.asides = Asides(self.context, self.sessions)
+        self.losses = CustomLosses(self.context, self.sessions)
         self.catalog = Catalog(self.context, self.sessions, self.runs, self.samplers)
         self.copies = Copies(self.context, self.sessions, self.keys, self.catalog)
         signer = Signer(settings.data / "url-signing.key")
@@ -105,7 +107,11 @@ class Service:
     async def outcome(self, caller: Caller, request_id: str) -> Outcome | Pending:
         """What became of a request, held back until there is something to say."""
         assert self._closing is not None
-        part = self.sampling if is_sample(request_id) else self.runs
+        part: Sampling | CustomLosses | Runs = self.runs
+        if is_sample(request_id):
+            part = self.sampling
+        elif is_loss(request_id):
+            part = self.losses
         return await part.outcome(caller, request_id, self.context.settings.poll_hold, self._closing)
 
     @property

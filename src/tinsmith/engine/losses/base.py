@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tinsmith.engine.aside import Aside
@@ -55,6 +56,11 @@ class Loss:
         value, metrics = self.whole(logprobs, inputs, config)
         return weighted(value, inputs), metrics
 
+    def gradient(self, value: Tensor, logprobs: Tensor) -> Tensor:
+        """d loss / d logprobs of what `of_datum` gave. May raise ContentError."""
+        (found,) = torch.autograd.grad(value.sum(), logprobs)
+        return found
+
     def settings(self, given: Mapping[str, float | str]) -> dict[str, float]:
         """Defaults overridden by `given`, numbers or numbers as text. Raises ContentError."""
         settings = dict(self.config)
@@ -71,10 +77,9 @@ class Loss:
             settings[key] = number
         return settings
 
-    def check(self, datum: Datum, where: str, vocab: int, aside: Aside) -> tuple[Array, dict[str, Array]]:
-        """The targets, int64 (N,) or (N, K), and the float inputs in their shape. Raises ContentError."""
-        inputs = dict(datum.inputs)
-        targets = inputs.pop("target_tokens", None)
+    def check_targets(self, datum: Datum, where: str, vocab: int) -> Array:
+        """The targets, int64 (N,) or (N, K). Raises ContentError, also for spans that do not cover them."""
+        targets = datum.inputs.get("target_tokens")
         if targets is None:
             raise ContentError(f"{where}.loss_fn_inputs lacks 'target_tokens', which {self.name} needs")
         length = datum.tokens.size
@@ -95,6 +100,13 @@ class Loss:
                 f"{where}.loss_fn_inputs['target_tokens'] contains {bad}; the vocabulary has ids 0 to "
                 f"{vocab - 1}"
             )
+        check_spans(datum, where, len(targets))
+        return targets
+
+    def check(self, datum: Datum, where: str, vocab: int, aside: Aside) -> tuple[Array, dict[str, Array]]:
+        """The targets, and the float inputs in their shape. Raises ContentError."""
+        targets = self.check_targets(datum, where, vocab)
+        inputs = {name: array for name, array in datum.inputs.items() if name != "target_tokens"}
         checked: dict[str, Array] = {}
         for key in (*self.required, *self.optional, WEIGHTS):
             array = inputs.pop(key, None)
@@ -121,7 +133,6 @@ class Loss:
             )
         if self.check_inputs is not None:
             self.check_inputs(checked, where)
-        check_spans(datum, where, len(targets))
         return targets, checked
 
 
