@@ -15,14 +15,16 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tinsmith"
 MAY = {
     "wire": set(),
     "blobs": set(),
+    "text": set(),
     "store": {"wire"},
     "engine": {"wire"},
-    "service": {"wire", "blobs", "store", "engine.commands", "settings"},
-    "api": {"wire", "service", "settings"},
+    "service": {"wire", "blobs", "text", "store", "engine.commands", "settings"},
+    "api": {"wire", "text", "service", "settings"},
 }
 NEVER = {
     "wire": {"torch", "transformers", "sqlalchemy", "starlette", "pydantic", "tinker"},
     "blobs": {"torch", "sqlalchemy", "starlette"},
+    "text": {"torch", "sqlalchemy", "starlette", "tinker"},
     "store": {"torch", "starlette", "tinker"},
     "engine": {"sqlalchemy", "alembic", "starlette", "uvicorn", "tinker", "peft"},
     "service": {"torch", "transformers", "sqlalchemy", "starlette", "uvicorn", "tinker"},

@@ -12,12 +12,14 @@ from tinsmith.service.errors import Unauthorized
 from tinsmith.service.service import Service
 
 from . import (
+    anthropic,
     audit,
     auth,
     billing,
     checkpoints,
     external,
     futures,
+    openai,
     openapi,
     sampling,
     service_info,
@@ -134,9 +136,10 @@ async def _http_error(_request: Request, error: Exception) -> Response:
 def make_app(service: Service, root_path: str = "") -> Starlette:
     """The ASGI application of one service, which the caller starts and stops. With a `root_path` it
     answers below that too, so that it does not matter whether the proxy in front strips it."""
-    below = [Mount(root_path, routes=_ROUTES)] if root_path.strip("/") else []
+    routes = [*_ROUTES, *openai.ROUTES, *anthropic.ROUTES]
+    below = [Mount(root_path, routes=routes)] if root_path.strip("/") else []
     app = Starlette(
-        routes=[*_ROUTES, *below],
+        routes=[*routes, *below],
         exception_handlers={404: _not_found, 405: _not_found, HTTPException: _http_error},
     )
     app.state.service = service

@@ -227,7 +227,7 @@ class SampleParams:
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
-    stop: tuple[int, ...] | tuple[str, ...] | None = None
+    stop: tuple[int | str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,7 @@ class Sample:
     request's temperature, in the place of each prompt token but the first; their logprobs are at temperature
     1. At an image's places the prompt's logprobs are those of the model's placeholder token, of which it has
     learned nothing. `record` is a folder into which the sampled sequences are written before the answer is
-    given, for ForwardBackward to build on.
+    given, for ForwardBackward to build on. With `stream`, Pieces come before the answer.
     """
 
     request: str
@@ -258,6 +258,7 @@ class Sample:
     alt_tokens: int = 0
     images: tuple[ImageChunk, ...] = ()
     record: str | None = None
+    stream: bool = False
     share: Share = Share()
 
 
@@ -325,6 +326,19 @@ Reply = Done | Failed
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """What a sample with `stream` tells before its answer: a sampled token of sequence `index` with its
+    logprob and, where asked for, the likeliest tokens beside it with theirs; or (no token) why the sequence
+    ended. The answer says all of it again."""
+
+    index: int
+    token: int | None
+    logprob: float = 0.0
+    likeliest: tuple[tuple[int, float], ...] = ()
+    ended: Literal["stop", "length"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSource:
     """A base model to serve: its public name, and the folder or hub id that it is loaded from."""
 
@@ -370,6 +384,7 @@ class ModelInfo:
     not_trainable: str = ""  # why no run can be made of it here; empty where one can
     not_sampleable: str = ""
     active_parameters: int = 0  # that a token meets: of experts, those that it goes to
+    end_tokens: tuple[int, ...] = ()  # ids that end what is sampled, where a request names no stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +424,8 @@ class EngineClient(Protocol):
 
     async def start(self) -> EngineInfo: ...
 
-    def submit(self, command: Command) -> Awaitable[Reply]: ...
+    def submit(self, command: Command, parts: Callable[[Piece], None] | None = None) -> Awaitable[Reply]:
+        """`parts` is called on the event loop with each Piece that comes before the reply."""
 
     def on_lost(self, callback: Callable[[int], None]) -> None:
         """Call `callback(lost_generation)` on the event loop as soon as an engine has died."""

@@ -37,6 +37,7 @@ from tinsmith.engine.commands import (
     ModelInfo,
     OpenSampler,
     OptimStep,
+    Piece,
     Publish,
     ReleaseRun,
     ReleaseSampler,
@@ -160,6 +161,7 @@ class Engine:
             no_images="" if model.vision is not None else model.no_images,
             not_trainable=self._not_trainable(model),
             not_sampleable=self._not_sampleable(model),
+            end_tokens=model.eos_token_ids,
         )
 
     def _not_trainable(self, model: BaseModel) -> str:
@@ -262,8 +264,9 @@ class Engine:
         """Count a command among those of its share key until it is answered."""
         self.shares.enter(share)
 
-        def answered(reply: Reply) -> None:
-            self.shares.leave(share.key)
+        def answered(reply: Reply | Piece) -> None:
+            if not isinstance(reply, Piece):
+                self.shares.leave(share.key)
             answer(reply)
 
         return answered

@@ -27,7 +27,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tinsmith.engine.commands import Command, EngineConfig, EngineInfo, EngineLost, Reply
+from tinsmith.engine.commands import Command, EngineConfig, EngineInfo, EngineLost, Piece, Reply
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class ProcessEngine:
         self._writer: asyncio.StreamWriter | None = None
         self._watch: asyncio.Task[None] | None = None
         self._pending: dict[int, asyncio.Future[Reply]] = {}
+        self._parts: dict[int, Callable[[Piece], None]] = {}  # who hears of what comes before a reply
         self._held: list[tuple[int, Command]] = []  # submitted while no engine was there
         self._given_up = asyncio.Event()
         self._next = 0
@@ -102,13 +103,15 @@ class ProcessEngine:
         self._watch = asyncio.create_task(self._live(reader))
         return self.info
 
-    def submit(self, command: Command) -> Awaitable[Reply]:
+    def submit(self, command: Command, parts: Callable[[Piece], None] | None = None) -> Awaitable[Reply]:
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         if self._given_up.is_set() or self._stopping:
             future.set_exception(EngineLost("the engine is not running"))
             return future
         self._next += 1
         self._pending[self._next] = future
+        if parts is not None:
+            self._parts[self._next] = parts
         if self._ready and self._writer is not None:
             self._send(self._next, command)
         else:
@@ -210,6 +213,11 @@ class ProcessEngine:
             try:
                 while True:
                     number, reply = pickle.loads(await _read(reader))
+                    if isinstance(reply, Piece):
+                        if (hear := self._parts.get(number)) is not None:
+                            hear(reply)
+                        continue
+                    self._parts.pop(number, None)
                     future = self._pending.pop(number, None)
                     if future is not None and not future.done():  # done: nobody waits for it any more
                         future.set_result(reply)
@@ -256,6 +264,7 @@ class ProcessEngine:
 
     def _lose(self, why: str) -> None:
         self._held.clear()
+        self._parts.clear()
         pending, self._pending = self._pending, {}
         for future in pending.values():
             if not future.done():
@@ -279,7 +288,7 @@ async def _read(reader: asyncio.StreamReader) -> bytes:
 class _Drivable(Protocol):
     def info(self) -> EngineInfo: ...
 
-    def submit(self, command: Command, answer: Callable[[Reply], None]) -> None: ...
+    def submit(self, command: Command, answer: Callable[[Reply | Piece], None]) -> None: ...
 
     def step(self) -> bool: ...
 
@@ -377,7 +386,7 @@ def _cpu_share(folder: Path) -> float:
 def _drive(
     engine: _Drivable,
     incoming: queue.SimpleQueue[tuple[int, Command] | None],
-    answer: Callable[[int, Reply], None],
+    answer: Callable[[int, Reply | Piece], None],
 ) -> None:
     """Submit what has come in, step while there is work, sleep while there is none."""
     working, stopping = False, False

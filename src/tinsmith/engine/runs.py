@@ -17,6 +17,7 @@ from tinsmith.engine.commands import (
     LoadState,
     LoraSpec,
     OptimStep,
+    Piece,
     Publish,
     ReleaseRun,
     Reply,
@@ -31,7 +32,7 @@ from tinsmith.engine.training import TrainingJob
 from tinsmith.wire.training import ContentError
 
 RunCommand = ForwardBackward | OptimStep | SaveState | SaveExternal | LoadState | Publish | ReleaseRun
-Answer = Callable[[Reply], None]
+Answer = Callable[[Reply | Piece], None]  # one Reply, and before it any number of Pieces
 
 
 @dataclass(slots=True)

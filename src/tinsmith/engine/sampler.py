@@ -23,7 +23,7 @@ import torch
 
 from tinsmith.engine import program
 from tinsmith.engine.aside import record
-from tinsmith.engine.commands import Done, Failed, Reply, Sample, SampleParams
+from tinsmith.engine.commands import Done, Failed, Piece, Reply, Sample, SampleParams
 from tinsmith.engine.generic import CachePool, SampledApart
 from tinsmith.engine.kernels import gpu
 from tinsmith.engine.kv_cache import PagePool, chain, root
@@ -539,6 +539,8 @@ class Sampler:
             shown = request.command.topk_sample
             if shown and drawn.likeliest is not None:
                 sequence.topk.append((drawn.likeliest[0][i, :shown], drawn.likeliest[1][i, :shown]))
+            if request.command.stream:
+                request.answer(_piece(sequence))
             self._maybe_finish(sequence)
 
     def _decode(self, decoder: Decoder, sequences: Sequence[_Sequence]) -> None:
@@ -616,6 +618,8 @@ class Sampler:
             "stop" if stopped else "length",
             topk,
         )
+        if request.command.stream:
+            request.answer(Piece(sequence.index, None, ended="stop" if stopped else "length"))
         self._drop(sequence)
         if len(request.finished) == request.command.num_samples:
             del self.requests[request.command.request]
@@ -660,6 +664,13 @@ def _decodes(sequence: _Sequence) -> bool:
         and bool(sequence.logprobs or sequence.index)
         and sequence.request.expanded is None
     )
+
+
+def _piece(sequence: _Sequence) -> Piece:
+    """The newest token of a sequence."""
+    ids, logprobs = sequence.topk[-1] if sequence.topk else ((), ())
+    likeliest = tuple((int(token), float(logprob)) for token, logprob in zip(ids, logprobs, strict=True))
+    return Piece(sequence.index, int(sequence.tokens[-1]), float(sequence.logprobs[-1]), likeliest)
 
 
 def _pad(*rows: list[int]) -> None:

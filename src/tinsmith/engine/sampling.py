@@ -171,9 +171,7 @@ def top(table: Tensor, k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.fl
 class StopCheck:
     """Whether an output has come to a stop: by an end token, by given tokens, or by given strings."""
 
-    def __init__(
-        self, stop: tuple[int, ...] | tuple[str, ...] | None, end: Sequence[int], tokenizer: Any
-    ) -> None:
+    def __init__(self, stop: tuple[int | str, ...] | None, end: Sequence[int], tokenizer: Any) -> None:
         self._tokens: set[int] = set(end) if stop is None else {s for s in stop if isinstance(s, int)}
         self._strings = [s for s in stop or () if isinstance(s, str)]
         self._tokenizer = tokenizer

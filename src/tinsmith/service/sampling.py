@@ -11,11 +11,11 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinsmith.engine.commands import Cancel, EngineLost, Failed, ModelInfo, SampleParams
+from tinsmith.engine.commands import Cancel, EngineLost, Failed, ModelInfo, Piece, SampleParams
 from tinsmith.engine.commands import Sample as EngineSample
 from tinsmith.store import WriteFailed, sessions
 from tinsmith.store.ledger import Entry
@@ -86,7 +86,10 @@ class Sampling:
 
     # Samples
 
-    async def sample(self, caller: Caller, request: SampleRequest) -> Promise:
+    async def sample(
+        self, caller: Caller, request: SampleRequest, parts: Callable[[Piece], None] | None = None
+    ) -> Promise:
+        """Begin a sample. `parts` is told of its tokens as they come."""
         if request.sampling_session_id is not None:
             row = await self._samplers.get(caller, request.sampling_session_id)
             owner: Owned = await self._sessions.get(caller, row.session_id)
@@ -136,14 +139,19 @@ class Sampling:
         self._context.traces.accepted(
             caller.org_id, row.session_id, request_id, "sample", row.id, len(request.prompt)
         )
-        self._context.spawn(self._run(sample, row, model, request))
+        self._context.spawn(self._run(sample, row, model, request, parts))
         return _promise(sample)
 
     async def _run(
-        self, sample: _Sample, row: SamplingSessionRow, model: ModelInfo, request: SampleRequest
+        self,
+        sample: _Sample,
+        row: SamplingSessionRow,
+        model: ModelInfo,
+        request: SampleRequest,
+        parts: Callable[[Piece], None] | None,
     ) -> None:
         try:
-            outcome = await self._outcome_of(sample, row, model, request)
+            outcome = await self._outcome_of(sample, row, model, request, parts)
         except EngineLost:
             outcome = Lost("the engine stopped while this was being sampled; submit it again")
         except Exception as error:
@@ -162,7 +170,12 @@ class Sampling:
             )
 
     async def _outcome_of(
-        self, sample: _Sample, row: SamplingSessionRow, model: ModelInfo, request: SampleRequest
+        self,
+        sample: _Sample,
+        row: SamplingSessionRow,
+        model: ModelInfo,
+        request: SampleRequest,
+        parts: Callable[[Piece], None] | None,
     ) -> Outcome:
         if row.folder is not None and (task := self._samplers.begin_to_open(row)) is not None:
             wrong = await asyncio.shield(task)
@@ -193,8 +206,10 @@ class Sampling:
                 alt_tokens=request.prompt_alt_tokens_k,
                 images=request.images,
                 record=self._record(row) if request.record_stability_info else None,
+                stream=parts is not None,
                 share=self._context.limits.share(sample.who.org_id),
-            )
+            ),
+            parts,
         )
         self._context.traces.started(sample.request.request_id, reply.times.get("started"))
         self._use(sample, model, reply.usage)

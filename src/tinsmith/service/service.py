@@ -16,6 +16,7 @@ from .audit import AuditLog
 from .billing import Billing
 from .caller import Caller
 from .catalog import Catalog
+from .completions import Completions
 from .context import Context
 from .copies import Copies
 from .errors import Unavailable
@@ -48,6 +49,7 @@ class Service:
         self.sessions = Sessions(self.context)
         self.samplers = Samplers(self.context, self.sessions, self.audit)
         self.sampling = Sampling(self.context, self.sessions, self.samplers)
+        self.completions = Completions(self.context, self.samplers, self.sampling)
         self.runs = Runs(self.context, self.sessions, self.samplers.published)
         self.training = Training(self.context, self.sessions, self.keys, self.runs, self.audit)
         self.asides = Asides(self.context, self.sessions)

@@ -36,7 +36,7 @@ class SampleRequest:
     temperature: float
     top_k: int
     top_p: float
-    stop: tuple[int, ...] | tuple[str, ...] | None
+    stop: tuple[int | str, ...] | None
     prompt_logprobs: bool
     topk_prompt_logprobs: int
     topk_sample_logprobs: int
@@ -206,7 +206,7 @@ def _read_top_p(params: Fields) -> float:
     return top_p
 
 
-def _read_stop(params: Fields) -> tuple[int, ...] | tuple[str, ...] | None:
+def _read_stop(params: Fields) -> tuple[int | str, ...] | None:
     stop = params.raw("stop")
     if stop is None:
         return None

@@ -1,0 +1,184 @@
+"""Anthropic's messages: requests in, answers and events out."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.responses import Response
+
+from tinsmith.service import errors
+from tinsmith.service.completions import Delta, Running
+from tinsmith.text.thinking import Thinking, Thought
+from tinsmith.text.tool_calls import ToolCall, ToolCalls
+
+from .anthropic_requests import MessagesRequest
+from .doors import HOSTED, EventStream, all_of, begun, door, dump, guarded, while_there
+from .http import Call, json_response
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    410: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def encode_error(status: int, text: str, _field: str | None, error: Exception | None) -> dict[str, object]:
+    more = error.reached.fields() if isinstance(error, errors.Limited) else {}
+    return {"type": "error", "error": {"type": _TYPES.get(status, "api_error"), "message": text, **more}}
+
+
+async def count_tokens(call: Call) -> Response:
+    request = MessagesRequest.read(await call.fields(), count=True)
+    target = await call.service.completions.target(call.caller, request.model)
+    return json_response({"input_tokens": len(await request.prompt(target))})
+
+
+async def messages(call: Call) -> Response:
+    request = MessagesRequest.read(await call.fields())
+    target = await call.service.completions.target(call.caller, request.model)
+    prompt = await request.prompt(target)
+    running = await call.service.completions.begin(
+        call.caller, target, request.wanted(prompt), stream=request.stream
+    )
+    tail = target.tokenizer.decode(prompt[-8:]).rstrip()
+    blocks = _Blocks(
+        Thinking(begun=tail.endswith("<think>")) if request.thinking else None,
+        ToolCalls() if request.parses_tools(target) else None,
+    )
+    message: dict[str, Any] = {
+        "id": f"msg_{uuid.uuid4().hex[:24]}",
+        "type": "message",
+        "role": "assistant",
+        "model": request.model,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": {"input_tokens": len(prompt), "output_tokens": 0},
+    }
+    try:
+        if request.stream:
+            deltas = await while_there(call.request, begun(running.deltas()))
+            events = _events(deltas, running, blocks, message)
+            return EventStream(guarded(events, encode_error, lambda body: _event("error", body)), running)
+        found = await while_there(call.request, all_of(running.deltas()))
+    except BaseException:
+        await running.close()
+        raise
+    content: list[dict[str, Any]] = message["content"]
+    for delta in found:
+        for part in blocks.feed(delta):
+            _append(content, part)
+        if delta.finish:
+            message["stop_reason"], message["stop_sequence"] = blocks.reason(delta), delta.stop
+    message["usage"]["output_tokens"] = running.usage.completion
+    return json_response(message)
+
+
+class _Blocks:
+    """Parts an answer into thoughts, text and tool calls."""
+
+    def __init__(self, thinking: Thinking | None, calls: ToolCalls | None) -> None:
+        self._thinking, self._calls = thinking, calls
+        self._called = False
+
+    def feed(self, delta: Delta) -> list[str | Thought | ToolCall]:
+        parts: list[str | Thought] = [delta.text] if delta.text else []
+        if self._thinking is not None:
+            parts = self._thinking.feed(delta.text)
+            parts += self._thinking.rest() if delta.finish else []
+        found: list[str | Thought | ToolCall] = []
+        for part in parts:
+            if isinstance(part, Thought) or self._calls is None:
+                found.append(part)
+            else:
+                found += self._calls.feed(part)
+        if delta.finish and self._calls is not None:
+            found += self._calls.rest()
+        kept: list[str | Thought | ToolCall] = []
+        for each in found:
+            self._called = self._called or isinstance(each, ToolCall)
+            if not (isinstance(each, str) and self._called and not each.strip()):  # blank between calls
+                kept.append(each)
+        return kept
+
+    def reason(self, delta: Delta) -> str:
+        if delta.finish == "length":
+            return "max_tokens"
+        if delta.stop is not None:
+            return "stop_sequence"
+        return "tool_use" if self._called else "end_turn"
+
+
+def _block(part: str | Thought | ToolCall) -> dict[str, Any]:
+    if isinstance(part, Thought):
+        return {"type": "thinking", "thinking": "", "signature": ""}
+    if isinstance(part, ToolCall):
+        return {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": part.name, "input": {}}
+    return {"type": "text", "text": ""}
+
+
+def _append(content: list[dict[str, Any]], part: str | Thought | ToolCall) -> None:
+    block = _block(part)
+    if isinstance(part, ToolCall):
+        content.append({**block, "input": json.loads(part.arguments)})
+        return
+    if not content or content[-1]["type"] != block["type"]:
+        content.append(block)
+    if isinstance(part, Thought):
+        content[-1]["thinking"] += part.text
+    else:
+        content[-1]["text"] += part
+
+
+def _event(kind: str, content: dict[str, Any]) -> bytes:
+    return f"event: {kind}\ndata: {dump({'type': kind, **content})}\n\n".encode()
+
+
+async def _events(
+    deltas: AsyncIterator[Delta], running: Running, blocks: _Blocks, message: dict[str, Any]
+) -> AsyncIterator[bytes]:
+    yield _event("message_start", {"message": message})
+    yield _event("ping", {})
+    index, kind = -1, ""  # the block that is open
+    reason, stop = "end_turn", None
+    async for delta in deltas:
+        for part in blocks.feed(delta):
+            block = _block(part)
+            if block["type"] != kind or isinstance(part, ToolCall):
+                if kind:
+                    yield _event("content_block_stop", {"index": index})
+                index, kind = index + 1, block["type"]
+                yield _event("content_block_start", {"index": index, "content_block": block})
+            if isinstance(part, Thought):
+                more = {"type": "thinking_delta", "thinking": part.text}
+            elif isinstance(part, ToolCall):
+                more = {"type": "input_json_delta", "partial_json": part.arguments}
+            else:
+                more = {"type": "text_delta", "text": part}
+            yield _event("content_block_delta", {"index": index, "delta": more})
+        if delta.finish:
+            reason, stop = blocks.reason(delta), delta.stop
+    if kind:
+        yield _event("content_block_stop", {"index": index})
+    usage = {"input_tokens": message["usage"]["input_tokens"], "output_tokens": running.usage.completion}
+    yield _event("message_delta", {"delta": {"stop_reason": reason, "stop_sequence": stop}, "usage": usage})
+    yield _event("message_stop", {})
+
+
+def _paths(path: str) -> list[str]:
+    return [f"/v1/{path}", f"/anthropic/api/v1/{path}", f"{HOSTED}/anthropic/api/v1/{path}"]
+
+
+ROUTES = [
+    *door(_paths("messages"), messages, encode_error, counted=False),
+    *door(_paths("messages/count_tokens"), count_tokens, encode_error, counted=True),
+]

@@ -1,0 +1,63 @@
+"""What a model thinks before it answers: its text between <think> and </think>, where it begins with that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .tool_calls import beginning
+
+_OPEN, _CLOSE = "<think>", "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """More of what a model thinks."""
+
+    text: str
+
+
+class Thinking:
+    """Parts a text that comes in pieces into thoughts and the answer."""
+
+    def __init__(self, *, begun: bool) -> None:
+        """`begun`: whether the prompt ends with <think> already."""
+        self._held = ""
+        self._state = "opened" if begun else "start"
+
+    def feed(self, text: str) -> list[str | Thought]:
+        self._held += text
+        if self._state == "start":
+            bare = self._held.lstrip()
+            if bare.startswith(_OPEN):
+                self._state, self._held = "opened", bare[len(_OPEN) :]
+            elif _OPEN.startswith(bare):
+                return []  # not known yet
+            else:
+                self._state = "answer"
+        if self._state == "opened":  # and the line break behind it
+            self._held = self._held.lstrip("\n")
+            if self._held:
+                self._state = "thinking"
+        found: list[str | Thought] = []
+        if self._state == "thinking":
+            end = self._held.find(_CLOSE)
+            stop = end if end >= 0 else len(self._held) - beginning(self._held, (_CLOSE,))
+            if self._held[:stop]:
+                found.append(Thought(self._held[:stop]))
+            self._held = self._held[stop:]
+            if end >= 0:
+                self._state, self._held = "gap", self._held[len(_CLOSE) :]
+        if self._state == "gap":  # the blank lines behind a thought
+            self._held = self._held.lstrip("\n")
+            if self._held:
+                self._state = "answer"
+        if self._state == "answer" and self._held:
+            found.append(self._held)
+            self._held = ""
+        return found
+
+    def rest(self) -> list[str | Thought]:
+        held, self._held = self._held, ""
+        if not held:
+            return []
+        return [Thought(held) if self._state == "thinking" else held]

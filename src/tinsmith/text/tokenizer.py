@@ -1,0 +1,163 @@
+"""A model's tokenizer and chat template."""
+
+from __future__ import annotations
+
+import copy
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class TextError(ValueError):
+    """What cannot be made of a text; the message says why."""
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text consists of characters: JSON can write halves of surrogate pairs alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class Tokenizer:
+    """Text to token ids and back. Its methods may be called from any thread."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        # Encoding sets truncation on the tokenizer, which fails while another thread reads from it.
+        self._encoder, self._decoder = tokenizer, copy.deepcopy(tokenizer)
+        self._lock = threading.Lock()
+        self._bytes: dict[int, bytes] = {}
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default")
+        self.template: str | None = template
+
+    @classmethod
+    def load(cls, folder: str) -> Tokenizer:
+        """The tokenizer of a model's folder. Takes half a second, most of it transformers' import. Raises
+        TextError."""
+        if not (Path(folder) / "tokenizer.json").is_file():
+            raise TextError(f"the model in {folder} has no tokenizer.json; send token ids by the Tinker API")
+        from transformers import PreTrainedTokenizerFast
+
+        try:
+            return cls(PreTrainedTokenizerFast.from_pretrained(folder))
+        except Exception as error:  # whatever a folder may hold
+            raise TextError(f"no tokenizer could be loaded from {folder}: {error}"[:400]) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with those that the tokenizer puts at a text's beginning. Raises TextError."""
+        if not is_unicode(text):
+            raise TextError("holds half of a surrogate pair, which is no character")
+        with self._lock:
+            ids: list[int] = self._encoder.encode(text)
+        return ids
+
+    def knows(self, variable: str) -> bool:
+        """Whether the chat template looks at a variable."""
+        return re.search(rf"\b{re.escape(variable)}\b", self.template or "") is not None
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        options: Mapping[str, Any],
+        *,
+        go_on: bool = False,
+    ) -> list[int]:
+        """Token ids of a conversation by the model's chat template, up to where the answer begins; with
+        `go_on` the last message is the answer's beginning. Raises TextError."""
+        if self.template is None:
+            raise TextError("this model has no chat template; use /completions")
+        try:
+            with self._lock:
+                ids: list[int] = self._encoder.apply_chat_template(
+                    list(messages),
+                    tools=list(tools) if tools else None,
+                    chat_template=self.template,
+                    add_generation_prompt=not go_on,
+                    continue_final_message=go_on,
+                    tokenize=True,
+                    return_dict=False,
+                    **options,
+                )
+        except Exception as error:  # templates raise what they like
+            text = " ".join(str(error).split())[:300]
+            raise TextError(f"the model's chat template does not take this: {text}") from error
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens without the special ones. Bytes that are no character are U+FFFD."""
+        text: str = self._decoder.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for; where it is part of a character, its bytes."""
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._bytes[token] = self._token_bytes(token)
+        return found
+
+    def _token_bytes(self, token: int) -> bytes:
+        text = self._decoder.decode([token], skip_special_tokens=False)
+        if "\ufffd" not in text:
+            return bytes(text.encode())
+        raw = self._decoder.convert_ids_to_tokens(token) or ""
+        if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", raw):
+            return bytes([int(match[1], 16)])
+        if all(character in _BYTES for character in raw):
+            return bytes(_BYTES[character] for character in raw)
+        return bytes(text.encode())
+
+    def token_text(self, token: int) -> str:
+        """A token as text; one that is part of a character as its bytes: `bytes:\\xe2\\x82`."""
+        raw = self.token_bytes(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level vocabularies write bytes (GPT-2)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in shown}
+    hidden = [byte for byte in range(256) if byte not in set(shown)]
+    table.update({chr(256 + i): byte for i, byte in enumerate(hidden)})
+    return table
+
+
+_BYTES = _byte_alphabet()
+
+
+class Detokenizer:
+    """A text token by token. What it has given out never changes, and never ends within a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # Some tokens before the new ones are decoded with them: how one reads may depend on its neighbours.
+        self._before = self._given = 0
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """The text that is complete now and was not before."""
+        self._ids += ids
+        old, new = self._texts()
+        if new.endswith("\ufffd"):
+            return ""
+        self._before, self._given = self._given, len(self._ids)
+        return new[len(old) :]
+
+    def rest(self) -> str:
+        """What is left at the end, where the last character may be incomplete."""
+        old, new = self._texts()
+        self._before = self._given = len(self._ids)
+        return new[len(old) :]
+
+    def _texts(self) -> tuple[str, str]:
+        decode = self._tokenizer.decode
+        return decode(self._ids[self._before : self._given]), decode(self._ids[self._before :])
