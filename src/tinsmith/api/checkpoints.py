@@ -9,6 +9,7 @@ from tinsmith.wire.checkpoint_search import CheckpointSearch
 from tinsmith.wire.optimizers import config_of
 from tinsmith.wire.paths import TinkerPath
 from tinsmith.wire.requests import HOUR, TEN_YEARS, CopyWeights
+from tinsmith.wire.urns import user_urn
 
 from .http import Call, iso_time, json_response
 from .sessions import _texts
@@ -22,7 +23,7 @@ async def list_runs(call: Call) -> Response:
     )
     return json_response(
         {
-            "training_runs": [_run(view, call.caller.org_name) for view in views],
+            "training_runs": [_run(view) for view in views],
             "cursor": {"offset": offset, "limit": limit, "total_count": total},
         }
     )
@@ -30,7 +31,7 @@ async def list_runs(call: Call) -> Response:
 
 async def get_run(call: Call) -> Response:
     view = await call.service.catalog.run(call.caller, call.path("run_id"))
-    return json_response(_run(view, call.caller.org_name))
+    return json_response(_run(view))
 
 
 async def list_of_run(call: Call) -> Response:
@@ -111,12 +112,12 @@ def _path(call: Call) -> TinkerPath:
     return TinkerPath.from_checkpoint_id(call.path("run_id"), call.path("checkpoint_id"))
 
 
-def _run(view: RunView, owner: str) -> dict[str, object]:
+def _run(view: RunView) -> dict[str, object]:
     row = view.row
     return {
         "training_run_id": row.id,
         "base_model": row.base_model,
-        "model_owner": owner,
+        "model_owner": user_urn(row.user_id),
         "is_lora": True,
         "corrupted": view.lost,
         "lora_rank": row.lora.get("rank"),

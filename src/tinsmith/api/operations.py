@@ -378,6 +378,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "training", body=record({**_TARGET, "forward_backward_input": _PASS}), answer=_RECEIPT,
         statuses=(402,), protobuf_body="ForwardBackwardRequest",
     ),
+    ("POST", "create_custom_loss"): Operation(
+        "Take a traced loss; its future resolves to its id", "training",
+        body=record({"session_id": _SESSION}), answer=_RECEIPT, statuses=(402, 410),
+    ),
     ("POST", "optim_step"): Operation(
         "An optimizer step on what was accumulated", "training",
         body=record({**_TARGET, "adam_params": _ADAM}), answer=_RECEIPT, statuses=(402,),
@@ -511,6 +515,21 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "external_weights/{checkpoint_id}/{file}"): Operation(
         "A file of external weights", "checkpoints", query=_SIGNED,
         statuses=(403, 404, 410), key=False, files=True,
+    ),
+    ("POST", "checkpoints/search"): Operation(
+        "Checkpoints by project, owner, kind, base model and metadata", "checkpoints",
+        body=record(
+            {},
+            {
+                "project_ids": array(name_of("project"), minItems=1),
+                "user_metadata": TEXTS,
+                "checkpoint_type": one_of("training", "sampler", "external"),
+                "owner": record({}, {"type": one_of("own", "everyone")}),
+                "base_models": array(_MODEL, minItems=1),
+                "limit": integer(1, 200),
+            },
+        ),
+        answer=record({"checkpoints": array(_CHECKPOINT), "next_cursor": maybe(METADATA)}),
     ),
     ("POST", "copy_weights"): Operation(
         "Copy a checkpoint into a project, or into a session", "checkpoints",
