@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tinsmith.engine.commands import Done, LoraSpec, Reply, Sample, SampleParams
+from tinsmith.engine.commands import Done, LoraSpec, Piece, Reply, Sample, SampleParams
 from tinsmith.engine.exactness import failures, settle_mixers
 from tinsmith.engine.kernels import gpu
 from tinsmith.engine.model.base import BaseModel
@@ -60,7 +60,7 @@ def _company(model: BaseModel) -> list[str]:
     if model.apart:  # recurrent layers take one token and many by different formulas
         return found
     sampler = Sampler(model, 64 * _page_bytes(model))
-    replies: list[Reply] = []
+    replies: list[Reply | Piece] = []
     prompt = texts[0][:-8]
     params = SampleParams(seed=1, max_tokens=8, stop=())
     command = Sample("trial", model.name, None, prompt.astype(np.int32).tobytes(), params)
