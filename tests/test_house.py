@@ -17,9 +17,9 @@ MAY = {
     "blobs": set(),
     "text": set(),
     "store": {"wire"},
-    "engine": {"wire"},
-    "service": {"wire", "blobs", "text", "store", "engine.commands", "settings"},
-    "api": {"wire", "text", "service", "settings"},
+    "engine": {"wire", "logs"},
+    "service": {"wire", "blobs", "text", "store", "engine.commands", "settings", "logs", "__version__"},
+    "api": {"wire", "text", "service", "settings", "logs", "__version__"},
 }
 NEVER = {
     "wire": {"torch", "transformers", "sqlalchemy", "starlette", "pydantic", "tinker"},

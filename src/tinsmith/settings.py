@@ -69,6 +69,16 @@ class Settings:
     log_level: str = field(
         default="info", metadata=_about("how much to log", choices=("debug", "info", "warning", "error"))
     )
+    log_format: str = field(
+        default="text", metadata=_about("lines for people, or JSON for programs", choices=("text", "json"))
+    )
+    open_metrics: bool = field(
+        default=False, metadata=_about("let everybody read /metrics, not administrators' keys alone")
+    )
+    otlp_endpoint: str = field(
+        default="",
+        metadata=_about("OpenTelemetry collector to send traces to, such as http://localhost:4318"),
+    )
     root_path: str = field(default="", metadata=_about("path below which a proxy shows the server"))
     public_url: str = field(
         default="",
@@ -125,6 +135,10 @@ class Settings:
             raise SettingsError(f"root_path: must begin with a slash, not {self.root_path!r}")
         if self.public_url and not self.public_url.startswith(("http://", "https://")):
             raise SettingsError(f"public_url: must begin with http:// or https://, not {self.public_url!r}")
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise SettingsError(
+                f"otlp_endpoint: must begin with http:// or https://, not {self.otlp_endpoint!r}"
+            )
         return self
 
 

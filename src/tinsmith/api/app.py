@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
@@ -27,8 +28,10 @@ from . import (
     training,
 )
 from .http import authenticate, error_response, route, service_error, signed_route
+from .observe import Observe, Tracer
 
 _ROUTES = [
+    Route("/metrics", service_info.metrics, methods=["GET"]),
     Route("/api/v1/healthz", service_info.healthz, methods=["GET"]),
     Route("/api/v1/openapi.json", openapi.document, methods=["GET"]),
     Route("/openapi.json", openapi.document, methods=["GET"]),
@@ -133,7 +136,7 @@ async def _http_error(_request: Request, error: Exception) -> Response:
     return error_response(error.detail, error.status_code)
 
 
-def make_app(service: Service, root_path: str = "") -> Starlette:
+def make_app(service: Service, root_path: str = "", tracer: Tracer | None = None) -> Starlette:
     """The ASGI application of one service, which the caller starts and stops. With a `root_path` it
     answers below that too, so that it does not matter whether the proxy in front strips it."""
     routes = [*_ROUTES, *openai.ROUTES, *anthropic.ROUTES]
@@ -141,6 +144,7 @@ def make_app(service: Service, root_path: str = "") -> Starlette:
     app = Starlette(
         routes=[*routes, *below],
         exception_handlers={404: _not_found, 405: _not_found, HTTPException: _http_error},
+        middleware=[Middleware(Observe, metrics=service.metrics, tracer=tracer)],
     )
     app.state.service = service
     app.state.openapi = openapi.encode_document(_ROUTES, root_path)

@@ -175,7 +175,7 @@ def route(
                 await service.audit.denied(caller, resource, what, error.detail, request.path_params)
             raise
 
-    return Route(f"/api/v1/{path}", _guarded(work), methods=[method])
+    return Route(f"/api/v1/{path}", _guarded(path, work), methods=[method])
 
 
 def signed_route(path: str, endpoint: SignedEndpoint, *, method: str) -> Route:
@@ -185,14 +185,15 @@ def signed_route(path: str, endpoint: SignedEndpoint, *, method: str) -> Route:
         service.check_open()
         return await endpoint(request, service)
 
-    return Route(f"/api/v1/{path}", _guarded(work), methods=[method])
+    return Route(f"/api/v1/{path}", _guarded(path, work), methods=[method])
 
 
-def _guarded(work: SignedEndpoint) -> Callable[[Request], Awaitable[Response]]:
+def _guarded(path: str, work: SignedEndpoint) -> Callable[[Request], Awaitable[Response]]:
     """`work`, with errors as answers."""
 
     async def handle(request: Request) -> Response:
         request_began.set(time.time())
+        request.scope["tinsmith.route"] = path
         try:
             return await work(request, request.app.state.service)
         except errors.ServiceError as error:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tinsmith.service.errors import Forbidden
+from tinsmith.service.errors import Forbidden, Unauthorized
 from tinsmith.service.service import Service
 
-from .http import Call, error_response, json_response
+from .http import Call, authenticate, error_response, json_response, service_error
 
 # Every flag that some version of the SDK knows. What this server does not do is off.
 CLIENT_CONFIG: dict[str, object] = {
@@ -42,6 +42,9 @@ DYNAMIC_CONFIG: dict[str, object] = {
     "sample_cancel_enabled": True,
     "sample_cancel_max_batch_size": 64,
 }
+
+
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def healthz(request: Request) -> Response:
@@ -99,3 +102,17 @@ async def status(call: Call) -> Response:
     if not call.caller.admin:
         raise Forbidden("this needs an administrator's key (tinsmith keys create NAME --admin)")
     return json_response(await call.service.status())
+
+
+async def metrics(request: Request) -> Response:
+    """For Prometheus: with an administrator's key, or for everybody where the server was told so."""
+    service: Service = request.app.state.service
+    request.scope["tinsmith.route"] = "metrics"
+    if not service.context.settings.open_metrics:
+        try:
+            caller = await authenticate(request)
+        except Unauthorized as error:
+            return service_error(error)
+        if not caller.admin:
+            return error_response("this needs an administrator's key, or --open-metrics", 403)
+    return Response(service.metrics.text(await service.status(2.0)), media_type=_PROMETHEUS)

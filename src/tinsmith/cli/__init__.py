@@ -9,14 +9,28 @@ from collections.abc import Sequence
 from tinsmith import __version__
 from tinsmith.settings import SettingsError
 
-from . import audit, backup, checkpoints, keys, limits, model, org, project, serve, team, usage, user
+from . import audit, backup, checkpoints, keys, limits, model, org, project, serve, status, team, usage, user
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tinsmith", description="Tinker's API on hardware that you own.")
     parser.add_argument("--version", action="version", version=f"tinsmith {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (serve, org, user, team, project, keys, limits, usage, audit, model, checkpoints, backup):
+    for command in (
+        serve,
+        org,
+        user,
+        team,
+        project,
+        keys,
+        limits,
+        usage,
+        status,
+        audit,
+        model,
+        checkpoints,
+        backup,
+    ):
         command.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:

@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 
 import uvicorn
 
-from tinsmith import __version__
+from tinsmith import __version__, logs
 from tinsmith.api import make_app
 from tinsmith.blobs import LocalBlobs
 from tinsmith.engine.commands import EngineClient, EngineConfig
@@ -26,6 +26,7 @@ from tinsmith.service.prices import PricesError, PriceTable
 from tinsmith.service.service import Service
 from tinsmith.settings import Settings, SettingsError
 from tinsmith.store import Store
+from tinsmith.tracing import Tracing
 
 from .options import add_settings, read_settings
 
@@ -48,11 +49,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def serve(settings: Settings, make_engine: MakeEngine) -> int:
     """Serve until a signal comes. The exit code."""
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    logs.set_up(settings.log_level, settings.log_format)
     for noisy in ("alembic", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -81,13 +78,17 @@ async def _serve(settings: Settings, store: Store, make_engine: MakeEngine, new_
             memory=settings.memory,
             threads=settings.threads,
             deterministic=settings.deterministic,
+            log_level="warning" if settings.log_level == "info" else settings.log_level,
+            log_format=settings.log_format,
             trust_remote_code=settings.trust_remote_code,
         )
     )
     service = Service(settings, store, LocalBlobs(settings.data / "blobs"), engine)
+    tracing = Tracing(endpoint) if (endpoint := _collector(settings)) else None
+    service.context.traces.observer = tracing
     server = _Server(
         uvicorn.Config(
-            make_app(service, settings.root_path.rstrip("/")),
+            make_app(service, settings.root_path.rstrip("/"), tracing),
             host=settings.host,
             port=settings.port,
             http="httptools",
@@ -127,7 +128,14 @@ async def _serve(settings: Settings, store: Store, make_engine: MakeEngine, new_
         code = await _stop(service, server, serving, starting, stop, settings.grace) or code
         stopping.cancel()
         given_up.cancel()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
     return code
+
+
+def _collector(settings: Settings) -> str:
+    """Where traces go; OpenTelemetry's own variable counts, too."""
+    return settings.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
 
 
 async def _stop(

@@ -359,6 +359,8 @@ class EngineConfig:
     max_rank: int = 128
     memory: int | None = None
     threads: int | None = None
+    log_level: str = "warning"
+    log_format: str = "text"
     trust_remote_code: bool = False
     deterministic: bool = False  # on a GPU, where it costs speed: a CPU always is
 

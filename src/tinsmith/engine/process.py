@@ -27,12 +27,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from tinsmith import logs
 from tinsmith.engine.commands import Command, EngineConfig, EngineInfo, EngineLost, Piece, Reply
 
 log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<Q")
 _ENGINE = "tinsmith.engine.engine:Engine"
+_LOGS = "_TINSMITH_ENGINE_LOGS"  # how the child logs: LEVEL:FORMAT
 _DEATHS, _WINDOW = 5, 60.0  # so many deaths in so many seconds, and it is not started again
 _BACKOFF = 0.25  # seconds before the second start in a row, and twice as many before each further one
 
@@ -164,6 +166,7 @@ class ProcessEngine:
         command = [sys.executable, "-m", "tinsmith.engine.process", str(theirs.fileno())]
         environment = {**os.environ, **allocator(os.environ)}
         # The child finds the package where this process found it, installed or not.
+        environment[_LOGS] = f"{self._config.log_level}:{self._config.log_format}"
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         try:
             # A session of its own: Ctrl-C in the terminal reaches the parent alone, which ends the child.
@@ -414,10 +417,8 @@ def _end_with(parent: int) -> None:
 def main() -> None:
     """The child's entry: the number of the socket's file descriptor is the only argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(
-        level=os.environ.get("TINSMITH_LOG_LEVEL", "WARNING").upper(),
-        format="%(asctime)s %(levelname)s engine %(name)s: %(message)s",
-    )
+    level, form = os.environ.get(_LOGS, "warning:text").split(":")
+    logs.set_up(level, form, "engine")
     _serve(socket.socket(fileno=int(sys.argv[1])))
 
 

@@ -377,6 +377,11 @@ class Limits:
 
     # Looking at it
 
+    @property
+    def waiting(self) -> int:
+        """Runs that wait for a place among the concurrent ones."""
+        return len(self._queue)
+
     def overview(self, place: Place, stored_bytes: int) -> Iterator[tuple[Name, Decimal, Decimal]]:
         """Name, used and allowed of every limit that a place has."""
         for name in ABOUT:

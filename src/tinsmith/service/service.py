@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 
+from tinsmith import __version__
 from tinsmith.blobs import LocalBlobs
 from tinsmith.engine.commands import Done, EngineClient, EngineLost, GetStatus
 from tinsmith.settings import Settings
@@ -25,6 +26,7 @@ from .futures import Outcome, Pending
 from .identity import Identities
 from .keys import KeyRing
 from .losses import CustomLosses, is_loss
+from .metrics import Metrics
 from .runs import Runs
 from .samplers import Samplers
 from .sampling import Sampling, is_sample
@@ -60,6 +62,9 @@ class Service:
         self.external = External(self.context, self.catalog, signer, self.audit)
         self.uploads = Uploads(self.context, self.sessions, signer)
         self.billing = Billing(self.context)
+        self.metrics = Metrics()
+        self._engine_status: dict[str, object] = {}
+        self._began = time.monotonic()
         self.timelines = Timelines(self.context, self.sessions, signer)
         self.started = False
         self.stopping = False
@@ -121,22 +126,37 @@ class Service:
         assert self._closing is not None
         return self._closing
 
-    async def status(self) -> dict[str, object]:
-        """Figures for the operator."""
-        engine: dict[str, object] = {}
+    async def status(self, patience: float = 10.0) -> dict[str, object]:
+        """Figures for the operator. An engine that is busy for longer than `patience` seconds is shown as it
+        was last seen."""
         if self.context.engine.ready:
             try:
-                reply = await asyncio.wait_for(self.context.engine.submit(GetStatus()), 10.0)
+                reply = await asyncio.wait_for(self.context.engine.submit(GetStatus()), patience)
                 if isinstance(reply, Done) and isinstance(reply.payload, dict):
-                    engine = reply.payload
+                    self._engine_status = reply.payload
             except (EngineLost, TimeoutError):
                 pass
+        engine = self._engine_status if self.started else {}
+        samples, training = self.sampling.under_way, self.runs.pending
         return {
+            "version": __version__,
             "ready": self.ready,
+            "uptime_seconds": round(time.monotonic() - self._began, 3),
             "generation": self.context.engine.generation,
+            "models": list(self.context.engine.info.models) if self.started else [],
+            "device": self.context.engine.info.device if self.started else None,
             "runs": self.runs.counts(),
-            "training_requests": self.runs.pending,
-            "samples": self.sampling.under_way,
+            "training_requests": training,
+            "samples": samples,
+            "queues": {
+                "training_requests": training,
+                "samples": samples,
+                "runs_waiting_for_limits": self.context.limits.waiting,
+                "engine_commands": engine.get("commands_waiting", 0),
+                "sequences_running": engine.get("sequences_running", 0),
+                "sequences_waiting": engine.get("sequences_waiting", 0),
+            },
+            "metered": dict(self.context.meter.totals),
             "engine": engine,
         }
 

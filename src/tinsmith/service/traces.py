@@ -11,6 +11,7 @@ import json
 import time
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol
 
 import zstandard
 
@@ -33,6 +34,15 @@ class _Open:
     org_id: str
     session_id: str
     request: Request
+    context: object = None  # of the observer
+
+
+class Observer(Protocol):
+    """Is told of every request at its end; see tinsmith.tracing."""
+
+    def here(self) -> object: ...
+
+    def final(self, request: Request, parent: object) -> None: ...
 
 
 @dataclass(slots=True)
@@ -50,6 +60,7 @@ class Traces:
         self._store = store
         self._open: dict[str, _Open] = {}
         self._sessions: dict[str, _Session] = {}
+        self.observer: Observer | None = None
 
     # As it happens
 
@@ -65,7 +76,8 @@ class Traces:
         request = Request(
             request_id, kind, track, request_began.get() or now, now, received_bytes=received_bytes
         )
-        self._open[request_id] = _Open(org_id, session_id, request)
+        context = self.observer.here() if self.observer is not None else None
+        self._open[request_id] = _Open(org_id, session_id, request, context)
 
     def started(self, request_id: str, when: float | None) -> None:
         """The engine began with it at `when`."""
@@ -88,6 +100,8 @@ class Traces:
 
     def _finish(self, request_id: str) -> None:
         known = self._open.pop(request_id)
+        if self.observer is not None:
+            self.observer.final(known.request, known.context)
         session = self._sessions.setdefault(known.session_id, _Session(known.org_id))
         if not session.final:
             session.since = time.time()
