@@ -96,8 +96,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from tinsmith.engine.process import allocator
+    from tinsmith.engine.process import surroundings
 
     if "GLIBC_TUNABLES" not in os.environ:  # the settings that the server gives its engine need a new start
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **allocator(os.environ)})
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **surroundings(os.environ)})
     main()

@@ -7,7 +7,7 @@ backward and AdamW. First one run, then eight runs with 128 tokens each, togethe
 the other in PEFT; then memory. The floor is the step's arithmetic at the rate of a bf16 product of two
 matrices, measured in the same run, and, for the optimizer, its bytes at the measured rate of a copy.
 
-Every side is a process of its own. Ours has the allocator's settings that the server gives its engine.
+Every side is a process of its own. Ours has the settings that the server gives its engine's process.
 """
 
 from __future__ import annotations
@@ -127,9 +127,9 @@ SIDES = {"ours": ours, "peft": peft, "one": one_of_eight}
 
 def measure(side: str, case: str, folder: Path, runs: int) -> list[float]:
     """Seconds, and the bytes by which the process's peak grew."""
-    from tinsmith.engine.process import allocator
+    from tinsmith.engine.process import surroundings
 
-    environment = {**os.environ, **(allocator(os.environ) if side != "peft" else {})}
+    environment = {**os.environ, **(surroundings(os.environ) if side != "peft" else {})}
     command = [sys.executable, __file__, "--one", f"{side}:{case}", "--folder", str(folder)]
     command += ["--runs", str(runs)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

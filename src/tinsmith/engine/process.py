@@ -39,16 +39,20 @@ _DEATHS, _WINDOW = 5, 60.0  # so many deaths in so many seconds, and it is not s
 _BACKOFF = 0.25  # seconds before the second start in a row, and twice as many before each further one
 
 
-def allocator(environment: Mapping[str, str]) -> dict[str, str]:
-    """Settings for a process that allocates and frees the same large tensors over and over.
+def surroundings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Settings of a process that computes, beside those that the user has made, which win.
 
-    As it comes, glibc gives their memory back each time and takes it anew, page by page; that is a tenth of a
-    training step. What the user has set in GLIBC_TUNABLES wins; other C libraries ignore it.
+    It allocates and frees the same large tensors over and over: as it comes, glibc gives their memory back
+    each time and takes it anew, page by page, which is a tenth of a training step. And where something else
+    runs on one of its cores, threads that spin at every barrier wait for it a thousand times a second.
     """
     names = ("mmap_threshold", "trim_threshold")
     keep = ":".join(["glibc.malloc.hugetlb=1", *(f"glibc.malloc.{name}={1 << 32}" for name in names)])
     own = environment.get("GLIBC_TUNABLES")
-    return {"GLIBC_TUNABLES": f"{keep}:{own}" if own else keep}
+    found = {"GLIBC_TUNABLES": f"{keep}:{own}" if own else keep}
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
+        found["GOMP_SPINCOUNT"] = "1000"
+    return found
 
 
 class EngineStartError(Exception):
@@ -164,7 +168,7 @@ class ProcessEngine:
     async def _spawn(self) -> asyncio.StreamReader:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "tinsmith.engine.process", str(theirs.fileno())]
-        environment = {**os.environ, **allocator(os.environ)}
+        environment = {**os.environ, **surroundings(os.environ)}
         # The child finds the package where this process found it, installed or not.
         environment[_LOGS] = f"{self._config.log_level}:{self._config.log_format}"
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
