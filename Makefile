@@ -26,8 +26,7 @@ serve: setup
 
 bench: setup
 	$(BIN)/python bench/latency.py
-	$(BIN)/python bench/train.py
-	$(BIN)/python bench/sample.py
+	$(BIN)/python bench/targets.py
 
 lint: setup
 	$(BIN)/ruff check
