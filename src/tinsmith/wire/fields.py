@@ -19,11 +19,21 @@ def parse_object(body: bytes) -> Fields:
     """The JSON object in `body`."""
     try:
         value = json.loads(body)
-        if b"\\ud" in body or b"\\uD" in body:  # half of a pair is no character, and cannot be stored
-            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise WireError("body", f"is no valid JSON ({str(error)[:120]})") from None
+    if b"\\ud" in body or b"\\uD" in body:
+        _refuse_halves(value)
     return Fields(value)
+
+
+def _refuse_halves(value: object) -> None:
+    """Half of a surrogate pair is no character, and cannot be stored; the field that has one is named."""
+    for name, item in value.items() if isinstance(value, dict) else [("body", value)]:
+        try:
+            json.dumps([name, item], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            shown = name.encode(errors="backslashreplace").decode()
+            raise WireError(shown, "has a lone surrogate, which no text may have") from None
 
 
 class Fields:
