@@ -112,10 +112,10 @@ class Call:
             raise errors.Refused(f"access_scope: must be owned or accessible, not {scope[:60]!r}")
         return scope == "owned"
 
-    async def fields(self) -> Fields:
-        """The body, as a JSON object."""
+    async def fields(self, *, halves: bool = False) -> Fields:
+        """The body, as a JSON object; `halves` as parse_object has it."""
         body = await self.body()
-        return parse_object(body) if body else Fields({})
+        return parse_object(body, halves=halves) if body else Fields({})
 
     async def body(self) -> bytes:
         """The body, decompressed."""

@@ -38,7 +38,8 @@ async def heartbeat(call: Call) -> Response:
 
 
 async def finish(call: Call) -> Response:
-    request = FinishSession.read(await call.fields())
+    # A program that has ended must not fail for the text of its own exception.
+    request = FinishSession.read(await call.fields(halves=True))
     await call.service.sessions.finish(call.caller, call.path("session_id"), request)
     return json_response({})
 
