@@ -14,16 +14,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tinsmith.engine import program
 from tinsmith.engine.aside import record
-from tinsmith.engine.commands import Done, Failed, Piece, Reply, Sample, SampleParams
+from tinsmith.engine.commands import Done, Failed, Piece, Reply, Sample
 from tinsmith.engine.generic import CachePool, SampledApart
 from tinsmith.engine.kernels import gpu
 from tinsmith.engine.kv_cache import PagePool, chain, root
@@ -32,11 +30,19 @@ from tinsmith.engine.model.attention import PAGE, pad_rows
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
 from tinsmith.engine.model.packing import Pass, RecurrentBackend, Segment
-from tinsmith.engine.model.vision import Expanded, Part
+from tinsmith.engine.model.vision import Part
 from tinsmith.engine.paged_attention import Chunk, PagedAttention
 from tinsmith.engine.program import Program
 from tinsmith.engine.prompt_scores import PromptScores
 from tinsmith.engine.runs import Answer
+from tinsmith.engine.sample_requests import (
+    SampledSequence,
+    SampleRequest,
+    check,
+    check_tokens,
+    decodes,
+    piece,
+)
 from tinsmith.engine.sampling import Drawn, StopCheck, sample, uniforms
 from tinsmith.engine.shares import Costs, Shares
 from tinsmith.engine.states import SampledRecurrence, StatePool
@@ -51,71 +57,7 @@ log = logging.getLogger(__name__)
 
 PREFILL_ROWS = {"cpu": 512, "cuda": 8192}  # prompt tokens of a step
 RUNNING = 256  # sequences of a step
-MAX_SAMPLES = 4096
-MOST_TOPK_CELLS = 1 << 26  # logprobs beside sampled tokens that one request may ask for
 LOGIT_ROWS = 256  # rows whose logits exist at a time
-
-
-@dataclass(slots=True)
-class _Request:
-    command: Sample
-    weights: AdapterWeights | None
-    answer: Answer
-    prompt: list[int]
-    content: list[int]  # the prompt, with numbers for an image's content in its places
-    expanded: Expanded | None  # where the prompt has images
-    limit: int  # output tokens at most
-    stop: StopCheck
-    scores: PromptScores
-    live: list[_Sequence] = field(default_factory=list)
-    finished: dict[int, Sampled] = field(default_factory=dict)
-    cached: int = 0  # prompt tokens that the cache had when the request was first admitted
-    prefilled: int = 0  # prompt tokens that have been computed or found in the cache
-    times: dict[str, float] = field(default_factory=dict)
-    added: float = field(default_factory=time.time)
-
-    @property
-    def serial(self) -> int:
-        return self.weights.serial if self.weights is not None else 0
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """Tokens so far. A prompt counts once for all samples, and nothing counts again that had to make
-        room and was computed anew."""
-        return {
-            "prefill": self.prefilled - self.cached,
-            "cached_prefill": self.cached,
-            "sample": sum(len(s.tokens) for s in self.finished.values())
-            + sum(len(s.output) for s in self.live),
-        }
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    request: _Request
-    index: int
-    tokens: list[int]
-    computed: int = 0
-    pages: list[int] = field(default_factory=list)
-    slot: int | None = None  # where its recurrent layers' states are
-    known: int = 0  # pages whose content has been made known
-    content: bytes = b""
-    logprobs: list[float] = field(default_factory=list)
-    topk: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-
-    @property
-    def key(self) -> str:
-        return self.request.command.share.key
-
-    @property
-    def output(self) -> list[int]:
-        return self.tokens[len(self.request.prompt) :]
-
-    def page(self, number: int) -> list[int]:
-        """What decides about the content of one of its pages, beside what is before it."""
-        start, stop = number * PAGE, (number + 1) * PAGE
-        length = len(self.request.prompt)
-        return self.request.content[start:stop] + self.tokens[max(start, length) : max(stop, length)]
 
 
 class Sampler:
@@ -148,9 +90,9 @@ class Sampler:
             from tinsmith.engine.decoding import Decoder  # needs Triton
 
             self.decoder = Decoder(model, self.pool)
-        self.waiting: Waiting[_Sequence] = Waiting(self.shares)
-        self.running: list[_Sequence] = []
-        self.requests: dict[str, _Request] = {}
+        self.waiting: Waiting[SampledSequence] = Waiting(self.shares)
+        self.running: list[SampledSequence] = []
+        self.requests: dict[str, SampleRequest] = {}
         self.stuck = False  # whether the last step found nothing that it could compute
         self._costs = Costs()
 
@@ -164,11 +106,11 @@ class Sampler:
         if command.request in self.requests:
             raise ContentError(f"request {command.request} is running already")
         text = np.frombuffer(command.prompt, dtype="<i4").astype(np.int64)
-        _check_tokens(self.model, text)
+        check_tokens(self.model, text)
         expanded = self.model.expand(text, command.images, "prompt") if command.images else None
         prompt = (text if expanded is None else expanded.tokens).tolist()
         content = prompt if expanded is None else expanded.content()
-        limit = _check(self.model, command, prompt)
+        limit = check(self.model, command, prompt)
         needed = math.ceil((len(prompt) + 1) / PAGE)
         if needed > self.pool.capacity:
             need, have = needed * self.pool.page_bytes, self.pool.capacity * self.pool.page_bytes
@@ -180,10 +122,10 @@ class Sampler:
             limit = self._fit(self.states.most_tokens, len(prompt), limit, command.params.max_tokens)
         stop = StopCheck(command.params.stop, self.model.eos_token_ids, self.model.tokenizer)
         scores = PromptScores(command, prompt, self.model.vocab_size)
-        request = _Request(command, weights, answer, prompt, content, expanded, limit, stop, scores)
+        request = SampleRequest(command, weights, answer, prompt, content, expanded, limit, stop, scores)
         self.requests[command.request] = request
         # The other samples join when the first has computed the prompt for all.
-        request.live.append(_Sequence(request, 0, list(prompt)))
+        request.live.append(SampledSequence(request, 0, list(prompt)))
         if self.copies and self.decoder is None:
             self.copies = False
             self.model.pack()
@@ -232,7 +174,7 @@ class Sampler:
             self._charge(keys, time.perf_counter() - started)
         return self.pending > 0
 
-    def _rows_by_key(self, plan: Sequence[tuple[_Sequence, int]]) -> Counter[str]:
+    def _rows_by_key(self, plan: Sequence[tuple[SampledSequence, int]]) -> Counter[str]:
         rows: Counter[str] = Counter()
         for sequence, count in plan:
             rows[sequence.key] += count
@@ -286,12 +228,12 @@ class Sampler:
         self._put_off(next(s for s in reversed(self.running) if s.key == most))
         return True
 
-    def _room_for(self, sequence: _Sequence) -> bool:
+    def _room_for(self, sequence: SampledSequence) -> bool:
         """Whether its tokens fit beside what runs, with a page to spare for each of those."""
         needed = math.ceil((len(sequence.tokens) + 1) / PAGE)
         return self.pool.used + needed + len(self.running) <= self.pool.capacity
 
-    def _take_known_pages(self, sequence: _Sequence) -> None:
+    def _take_known_pages(self, sequence: SampledSequence) -> None:
         """Begin behind the longest prefix that the cache knows. The last token is always computed, and so are
         the rows that score the prompt."""
         sequence.content, sequence.known = root(sequence.request.serial), 0
@@ -315,11 +257,11 @@ class Sampler:
             request.cached = request.prefilled = min(sequence.computed, len(request.prompt))
             self.metrics.tokens["cached_prefill"] += request.cached
 
-    def _plan(self) -> list[tuple[_Sequence, int]]:
+    def _plan(self) -> list[tuple[SampledSequence, int]]:
         """(sequence, new tokens) of this step, each with its pages; the youngest make room for the older."""
         budget = PREFILL_ROWS[self.model.device.type]
         budgets = self._prefill_budgets(budget) if self.shares.several else {}
-        plan: list[tuple[_Sequence, int]] = []
+        plan: list[tuple[SampledSequence, int]] = []
         for sequence in list(self.running):
             if sequence not in self.running:
                 continue  # it has made room
@@ -350,7 +292,7 @@ class Sampler:
         total = sum(self.shares.weight(key) for key in keys)
         return {key: max(1, int(budget * self.shares.weight(key) / total)) for key in keys}
 
-    def _wanted(self, sequence: _Sequence) -> int:
+    def _wanted(self, sequence: SampledSequence) -> int:
         """How many of its next tokens a sequence would best compute in one step."""
         missing = len(sequence.tokens) - sequence.computed
         if self.states is None:
@@ -361,7 +303,7 @@ class Sampler:
         in_prompt = len(sequence.request.prompt) - sequence.computed
         return min(in_prompt, chunk - sequence.computed % chunk) if in_prompt > 0 else min(missing, 1)
 
-    def _reserve(self, sequence: _Sequence, tokens: int) -> bool:
+    def _reserve(self, sequence: SampledSequence, tokens: int) -> bool:
         while len(sequence.pages) * PAGE < tokens:
             page = self.pool.allocate()
             if page is not None:
@@ -382,14 +324,14 @@ class Sampler:
                 return False
         return True
 
-    def _put_off(self, sequence: _Sequence) -> None:
+    def _put_off(self, sequence: SampledSequence) -> None:
         """Free a sequence's pages; it is computed again when there is room."""
         self.metrics.put_off += 1
         self._free(sequence)
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
 
-    def _free(self, sequence: _Sequence) -> None:
+    def _free(self, sequence: SampledSequence) -> None:
         for page in sequence.pages:
             self.pool.free(page)
         sequence.pages, sequence.computed, sequence.known = [], 0, 0
@@ -397,16 +339,16 @@ class Sampler:
             self.states.free(sequence.slot)
             sequence.slot = None
 
-    def _advance(self, plan: Sequence[tuple[_Sequence, int]]) -> None:
-        if self.decoder is not None and all(_decodes(s) and n == 1 for s, n in plan):
+    def _advance(self, plan: Sequence[tuple[SampledSequence, int]]) -> None:
+        if self.decoder is not None and all(decodes(s) and n == 1 for s, n in plan):
             self._decode(self.decoder, [s for s, _ in plan])
             return
-        groups: dict[int, list[tuple[_Sequence, int]]] = {}
+        groups: dict[int, list[tuple[SampledSequence, int]]] = {}
         for sequence, count in plan:
             groups.setdefault(sequence.request.serial, []).append((sequence, count))
         segments: list[Segment] = []
         chunks: list[Chunk] = []
-        placed: list[tuple[_Sequence, int, int]] = []  # sequence, first row, count
+        placed: list[tuple[SampledSequence, int, int]] = []  # sequence, first row, count
         ids: list[int] = []
         positions: list[int] = []
         of_images: list[tuple[int, torch.Tensor]] = []  # row, positions [3, count] of a sequence with images
@@ -451,7 +393,7 @@ class Sampler:
                 Pass(segments, attention, recurrent),
                 visual,
             )
-        ready: list[tuple[_Sequence, int]] = []
+        ready: list[tuple[SampledSequence, int]] = []
         for sequence, row, count in placed:
             if sequence.index == 0 and not sequence.logprobs:
                 self._score_prompt(sequence, hidden, row, count)
@@ -466,13 +408,13 @@ class Sampler:
         for at in range(0, len(ready), LOGIT_ROWS):
             self._extend(ready[at : at + LOGIT_ROWS], hidden)
 
-    def _make_known(self, sequence: _Sequence) -> None:
+    def _make_known(self, sequence: SampledSequence) -> None:
         while (sequence.known + 1) * PAGE <= sequence.computed:
             sequence.content = chain(sequence.content, sequence.page(sequence.known))
             self.pool.remember(sequence.pages[sequence.known], sequence.content, sequence.request.serial)
             sequence.known += 1
 
-    def _score_prompt(self, sequence: _Sequence, hidden: torch.Tensor, row: int, count: int) -> None:
+    def _score_prompt(self, sequence: SampledSequence, hidden: torch.Tensor, row: int, count: int) -> None:
         """What the request wants to know of its prompt and the rows [row, row + count) can tell."""
         request = sequence.request
         wanted = request.scores.rows(sequence.computed, count)
@@ -502,10 +444,10 @@ class Sampler:
         logits = self.model.logits(hidden[torch.tensor(index, device=hidden.device)], Pass(segments))
         return logits if len(keep) == len(index) else logits[torch.tensor(keep, device=logits.device)]
 
-    def _extend(self, ready: Sequence[tuple[_Sequence, int]], hidden: torch.Tensor) -> None:
+    def _extend(self, ready: Sequence[tuple[SampledSequence, int]], hidden: torch.Tensor) -> None:
         """Sample the next token of every ready sequence, and the first one of its siblings."""
         source: list[int] = []  # for each sequence, the row of `logits` that it samples from
-        members: list[_Sequence] = []
+        members: list[SampledSequence] = []
         for i, (sequence, _) in enumerate(ready):
             members.append(sequence)
             source.append(i)
@@ -525,7 +467,7 @@ class Sampler:
             draws = uniforms([p.seed for p in params], [s.index for s in part], [len(s.tokens) for s in part])
             self._take(part, sample(own, params, draws, max(s.request.command.topk_sample for s in part)))
 
-    def _take(self, part: Sequence[_Sequence], drawn: Drawn) -> None:
+    def _take(self, part: Sequence[SampledSequence], drawn: Drawn) -> None:
         """Each sequence's next token."""
         now = time.time()
         self.metrics.tokens["sample"] += len(part)
@@ -540,10 +482,10 @@ class Sampler:
             if shown and drawn.likeliest is not None:
                 sequence.topk.append((drawn.likeliest[0][i, :shown], drawn.likeliest[1][i, :shown]))
             if request.command.stream:
-                request.answer(_piece(sequence))
+                request.answer(piece(sequence))
             self._maybe_finish(sequence)
 
-    def _decode(self, decoder: Decoder, sequences: Sequence[_Sequence]) -> None:
+    def _decode(self, decoder: Decoder, sequences: Sequence[SampledSequence]) -> None:
         """A step of single tokens, each of which is drawn at once."""
         from tinsmith.engine.decoding import Row
 
@@ -562,15 +504,15 @@ class Sampler:
             self._make_known(sequence)
         self._take(part, drawn)
 
-    def _siblings(self, sequence: _Sequence) -> list[_Sequence]:
+    def _siblings(self, sequence: SampledSequence) -> list[SampledSequence]:
         """The other samples of a request whose prompt has just been computed: they share its pages."""
         request = sequence.request
         if sequence.index or sequence.logprobs or request.command.num_samples == 1:
             return []
         full, rest = divmod(len(request.prompt), PAGE)
-        made: list[_Sequence] = []
+        made: list[SampledSequence] = []
         for index in range(1, request.command.num_samples):
-            sibling = _Sequence(request, index, list(request.prompt))
+            sibling = SampledSequence(request, index, list(request.prompt))
             request.live.append(sibling)
             made.append(sibling)
             if len(self.running) >= RUNNING or not self._share_state(sequence, sibling):
@@ -591,7 +533,7 @@ class Sampler:
             self.running.append(sibling)
         return made
 
-    def _share_state(self, sequence: _Sequence, sibling: _Sequence) -> bool:
+    def _share_state(self, sequence: SampledSequence, sibling: SampledSequence) -> bool:
         """Give a sibling its copy of the recurrent layers' states, if there is room for one."""
         if self.states is None:
             return True
@@ -603,7 +545,7 @@ class Sampler:
 
     # The end of a sequence
 
-    def _maybe_finish(self, sequence: _Sequence) -> None:
+    def _maybe_finish(self, sequence: SampledSequence) -> None:
         request = sequence.request
         stopped = request.stop(sequence.tokens, len(request.prompt))
         if not stopped and len(sequence.tokens) - len(request.prompt) < request.limit:
@@ -625,7 +567,7 @@ class Sampler:
             del self.requests[request.command.request]
             request.answer(self._result(request))
 
-    def _drop(self, sequence: _Sequence) -> None:
+    def _drop(self, sequence: SampledSequence) -> None:
         self._free(sequence)
         sequence.request.live.remove(sequence)
         if sequence in self.running:
@@ -633,7 +575,7 @@ class Sampler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def _fail(self, request: _Request, message: str, category: str) -> None:
+    def _fail(self, request: SampleRequest, message: str, category: str) -> None:
         usage = request.usage
         for sequence in list(request.live):
             self._drop(sequence)
@@ -643,7 +585,7 @@ class Sampler:
             else:  # our own fault is nobody's usage
                 request.answer(Failed(message, "server"))
 
-    def _result(self, request: _Request) -> Reply:
+    def _result(self, request: SampleRequest) -> Reply:
         command = request.command
         sampled = [request.finished[i] for i in range(command.num_samples)]
         if command.record is not None:
@@ -657,69 +599,7 @@ class Sampler:
         return Done(encode_response(sampled, request.scores.answers(), request.cached), usage, request.times)
 
 
-def _decodes(sequence: _Sequence) -> bool:
-    """Whether its newest token alone is missing, and nothing else is asked of that than the next one."""
-    return (
-        sequence.computed == len(sequence.tokens) - 1
-        and bool(sequence.logprobs or sequence.index)
-        and sequence.request.expanded is None
-    )
-
-
-def _piece(sequence: _Sequence) -> Piece:
-    """The newest token of a sequence."""
-    ids, logprobs = sequence.topk[-1] if sequence.topk else ((), ())
-    likeliest = tuple((int(token), float(logprob)) for token, logprob in zip(ids, logprobs, strict=True))
-    return Piece(sequence.index, int(sequence.tokens[-1]), float(sequence.logprobs[-1]), likeliest)
-
-
 def _pad(*rows: list[int]) -> None:
     """Fill up to a number of rows that changes no bit of a product."""
     for values in rows:
         values += [0] * (pad_rows(len(values)) - len(values))
-
-
-def _check_tokens(model: BaseModel, text: npt.NDArray[np.int64]) -> None:
-    outside = text[(text < 0) | (text >= model.vocab_size)]
-    if outside.size:
-        raise ContentError(
-            f"prompt contains token {outside[0]}; the vocabulary of {model.name} has ids 0 to "
-            f"{model.vocab_size - 1}"
-        )
-
-
-def _check(model: BaseModel, command: Sample, prompt: list[int]) -> int:
-    """The most output tokens that the request may have. Raises ContentError."""
-    params = command.params
-    if not prompt:
-        raise ContentError("prompt is empty; it needs at least one token")
-    if not 1 <= command.num_samples <= MAX_SAMPLES:
-        raise ContentError(f"num_samples is {command.num_samples}; it must be from 1 to {MAX_SAMPLES}")
-    _check_params(params)
-    left = model.max_context - len(prompt)
-    wanted = params.max_tokens if params.max_tokens is not None else max(left, 1)
-    if wanted > left:
-        raise ContentError(
-            f"the prompt has {len(prompt)} tokens and max_tokens is {wanted}; together they exceed the "
-            f"context of {model.name}, {model.max_context} tokens"
-        )
-    most = min(MOST_TOPK_CELLS // (command.num_samples * wanted), model.vocab_size)
-    if not 0 <= command.topk_sample <= most:
-        raise ContentError(
-            f"topk_sample_logprobs is {command.topk_sample}; for {command.num_samples} samples of up to "
-            f"{wanted} tokens it must be from 0 to {most}"
-        )
-    return wanted
-
-
-def _check_params(params: SampleParams) -> None:
-    if not (math.isfinite(params.temperature) and params.temperature >= 0):
-        raise ContentError(f"temperature is {params.temperature}; it must be a finite number from 0 on")
-    if not 0 < params.top_p <= 1:
-        raise ContentError(f"top_p is {params.top_p}; it must be above 0 and at most 1")
-    if params.top_k < -1:
-        raise ContentError(f"top_k is {params.top_k}; it must be positive, or -1 or 0 for all tokens")
-    if params.max_tokens is not None and params.max_tokens < 1:
-        raise ContentError(f"max_tokens is {params.max_tokens}; it must be at least 1")
-    if any(s == "" for s in params.stop or ()):
-        raise ContentError("stop contains an empty string; leave it out")
