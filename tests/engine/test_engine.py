@@ -163,7 +163,7 @@ class TestRuns:
             if any(job.sequences[0].tokens[0] == 77 for job, _ in work):
                 raise MemoryError("no room")
 
-        monkeypatch.setattr("tinsmith.engine.engine.run_pass", breaking)
+        monkeypatch.setattr("tinsmith.engine.rounds.run_pass", breaking)
         poison = ForwardBackward("bad", 1, request([[77, 2, 3]]))
         replies = tell(engine, poison, *step_of("good", 1))
         assert isinstance(replies[0], Failed)
@@ -256,7 +256,9 @@ class TestMemory:
         ok(engine, *step_of("ref", 1), *step_of("ref", 3))
         accumulate, optimize = step_of("x", 3)
         size = engine.runs["ref"].nbytes
-        engine.budget = Budget(adapters=2 * size, cache=engine.budget.cache, passes=engine.budget.passes)
+        engine.residents.budget = Budget(
+            adapters=2 * size, cache=engine.budget.cache, passes=engine.budget.passes
+        )
         for name in names:
             ok(engine, *step_of(name, 1))
             ok(engine, ForwardBackward(name, 3, accumulate.body))  # type: ignore[union-attr]
@@ -276,7 +278,7 @@ class TestMemory:
         ok(engine, OpenSampler("again", MODEL, path))
         assert engine.snapshots.weights("again", 1)[1] is engine.snapshots.weights("named", 1)[1]
         ok(engine, *step_of("r", 3))
-        engine.budget = Budget(adapters=1, cache=engine.budget.cache, passes=engine.budget.passes)
+        engine.residents.budget = Budget(adapters=1, cache=engine.budget.cache, passes=engine.budget.passes)
         ok(engine, Publish("r", 5, "newest"))
         assert engine.snapshots.entries["named"].weights is None
         assert engine.snapshots.entries["twin"].weights is None
@@ -288,7 +290,7 @@ class TestMemory:
 
     def test_a_sequence_that_cannot_fit_fails_with_the_numbers(self, engine: Engine) -> None:
         ok(engine, CreateAdapter("r", MODEL, SPEC))
-        engine.budget = Budget(engine.budget.adapters, engine.budget.cache, passes=100_000)
+        engine.residents.budget = Budget(engine.budget.adapters, engine.budget.cache, passes=100_000)
         (reply,) = tell(engine, step_of("r", 1)[0])
         assert isinstance(reply, Failed)
         assert "data[0] has 29 tokens" in reply.message
@@ -319,7 +321,7 @@ class TestStart:
     def test_a_model_says_what_it_has_no_room_for(self, engine: Engine) -> None:
         (info,) = engine.info().models.values()
         assert (info.not_trainable, info.not_sampleable, info.way) == ("", "", "packed")
-        engine.budget = Budget(adapters=1000, cache=1000, passes=1000)
+        engine.residents.budget = Budget(adapters=1000, cache=1000, passes=1000)
         (info,) = engine.info().models.values()
         assert "rank 1" in info.not_trainable
         assert "the smallest cache" in info.not_sampleable
@@ -332,7 +334,7 @@ class TestStart:
 def engine_params(engine: Engine, run: str) -> torch.Tensor:
     """The parameters of a run, wherever they are."""
     target = engine.runs[run]
-    engine._bring_back(target)
+    engine.residents.bring_back(target)
     return target.live.params
 
 

@@ -226,7 +226,7 @@ class TestTraining:
         return Engine(EngineConfig((source,), str(tmp_path), device="cpu", dtype="fp32", memory=1 << 30))
 
     def fill(self, engine: Engine) -> list[tuple[TrainingJob, int]]:
-        return fill_pass(engine.runs, engine._turn, engine.shares, 512, engine.budget.passes)
+        return fill_pass(engine.runs, engine.residents.turn, engine.shares, 512, engine.budget.passes)
 
     def submit(self, engine: Engine, run: str, share: Share, requests: int, length: int) -> list[Reply]:
         replies: list[Reply] = []
@@ -243,7 +243,7 @@ class TestTraining:
         for i in range(6):
             self.submit(engine, f"b{i}", B, 2, 64)
         self.submit(engine, "a", A, 2, 64)
-        for name in list(engine._turn):
+        for name in list(engine.residents.turn):
             engine._advance(engine.runs[name])
         rows = Counter[str]()
         for job, index in self.fill(engine):
@@ -256,7 +256,7 @@ class TestTraining:
         for i in range(6):
             self.submit(engine, f"b{i}", heavy, 2, 64)
         self.submit(engine, "a", A, 1, 64)
-        for name in list(engine._turn):
+        for name in list(engine.residents.turn):
             engine._advance(engine.runs[name])
         keys = Counter(job.key for job, _ in self.fill(engine))
         assert keys == {"a": 1, "b": 2}

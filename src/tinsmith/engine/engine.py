@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
-from collections import Counter, deque
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
 
-from tinsmith.engine import adapter_files
-from tinsmith.engine.adapter_files import FolderError, WriteError
-from tinsmith.engine.aside import Aside, has_loss, keep_loss
+from tinsmith.engine.aside import has_loss, keep_loss
 from tinsmith.engine.commands import (
     Cancel,
     Command,
@@ -28,29 +24,23 @@ from tinsmith.engine.commands import (
     Done,
     EngineConfig,
     EngineInfo,
-    Failed,
     ForwardBackward,
     GetStatus,
     ImportAdapter,
-    LoadState,
     LoraSpec,
     ModelInfo,
     OpenSampler,
     OptimStep,
     Piece,
-    Publish,
-    ReleaseRun,
     ReleaseSampler,
     Reply,
     Sample,
-    SaveExternal,
-    SaveState,
     Share,
 )
 from tinsmith.engine.device import make_deterministic, pick_device, pick_dtype
-from tinsmith.engine.encryption import read_recipients
 from tinsmith.engine.exactness import settle
 from tinsmith.engine.exactness_gpu import failures_on_gpu
+from tinsmith.engine.failures import failed
 from tinsmith.engine.imports import import_adapter
 from tinsmith.engine.losses.custom import read_program
 from tinsmith.engine.memory import LEAST, Budget, available_memory
@@ -60,19 +50,17 @@ from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.checks import check
 from tinsmith.engine.model.lora import Layout
 from tinsmith.engine.model.vision import CACHE_BYTES
-from tinsmith.engine.passes import fill_pass
+from tinsmith.engine.residents import Residents
+from tinsmith.engine.rounds import Rounds
+from tinsmith.engine.run_commands import execute
 from tinsmith.engine.runs import Answer, Run
 from tinsmith.engine.sampler import Sampler
-from tinsmith.engine.shares import Costs, Shares
-from tinsmith.engine.snapshots import Snapshots
-from tinsmith.engine.training import TrainingJob, peak_bytes, run_pass
-from tinsmith.wire.training import ContentError, decode_request
+from tinsmith.engine.shares import Shares
+from tinsmith.engine.training import peak_bytes
+from tinsmith.wire.training import ContentError
 
 log = logging.getLogger(__name__)
 
-BODY_LIMIT = 256 << 20  # bytes of a decompressed forward_backward body
-PASS_ROWS = {"cpu": 4096, "cuda": 32768}  # rows of a training pass
-SHARED_PASS_ROWS = {"cpu": 512, "cuda": 8192}  # the same while samples or several share keys are running
 JOBS_AHEAD = 16  # forward_backwards of one run that are decoded at a time
 
 
@@ -114,23 +102,24 @@ class Engine:
                 log.warning("%s: results depend on their company here: %s", name, reason)
         weights = sum(m.nbytes + (CACHE_BYTES if m.vision else 0) for m in self.models.values())
         copies = sum(m.packed_bytes for m in self.models.values())
-        self.budget = Budget.split(memory, weights, copies)
+        budget = Budget.split(memory, weights, copies)
         for model in self.models.values():
             if model.vision is not None:
-                model.vision.most_bytes = self.budget.passes
-        _clear(Path(config.spill_dir))
-        self.runs: dict[str, Run] = {}
-        self.snapshots = Snapshots(Path(config.spill_dir))
+                model.vision.most_bytes = budget.passes
+        self.residents = Residents(budget, Path(config.spill_dir))
+        self.runs, self.snapshots = self.residents.runs, self.residents.snapshots
         self.shares = Shares()
         self.metrics = Metrics()
-        cache = self.budget.cache // len(self.models)
+        cache = budget.cache // len(self.models)
         self._samplers = {
-            name: Sampler(model, cache, self.shares, self.metrics, copies=self.budget.copies)
+            name: Sampler(model, cache, self.shares, self.metrics, copies=budget.copies)
             for name, model in self.models.items()
         }
-        self._pass_costs = {False: Costs(), True: Costs()}  # by forward_only
-        self._turn: deque[str] = deque()  # runs, the one served longest ago first
-        self._clock = 0
+        self.rounds = Rounds(self.residents, self.shares, self.metrics, self.device.type)
+
+    @property
+    def budget(self) -> Budget:
+        return self.residents.budget
 
     # What it is
 
@@ -193,7 +182,7 @@ class Engine:
             "samplers_resident": sum(s.weights is not None for s in self.snapshots.entries.values()),
             "samples_pending": sum(s.pending for s in self._samplers.values()),
             "commands_waiting": sum(len(r.waiting) + len(r.jobs) for r in self.runs.values()),
-            "adapter_bytes": self._adapter_bytes(),
+            "adapter_bytes": self.residents.nbytes,
             "adapter_budget_bytes": self.budget.adapters,
             "cache_budget_bytes": self.budget.cache,
             "model_bytes": sum(m.nbytes for m in self.models.values()),
@@ -207,11 +196,11 @@ class Engine:
 
     def submit(self, command: Command, answer: Answer) -> None:
         """Take a command; `answer` is called once, now or in a later step."""
-        self._clock += 1
+        self.residents.clock += 1
         try:
             self._take(command, answer)
         except Exception as error:
-            answer(_failed(type(command).__name__, error))
+            answer(failed(type(command).__name__, error))
 
     def _take(self, command: Command, answer: Answer) -> None:
         match command:
@@ -300,30 +289,28 @@ class Engine:
                 f"an adapter of rank {spec.rank} needs up to {run.nbytes * 4} bytes with its optimizer; "
                 f"this server keeps {self.budget.adapters} bytes for adapters"
             )
-        run.used, run.share = self._clock, command.share
-        self.runs[command.run] = run
-        self._turn.append(command.run)
-        self._make_room()
+        run.share = command.share
+        self.residents.add(run)
 
     def _sample(self, command: Sample, answer: Answer) -> None:
         model = self._model(command.model)
         weights = None
         if command.sampler is not None:
             try:
-                model, weights = self.snapshots.weights(command.sampler, self._clock)
+                model, weights = self.snapshots.weights(command.sampler, self.residents.clock)
             except KeyError:
                 raise ContentError(
                     f"sampler {command.sampler} is not on this engine: its weights were not saved under a "
                     "name, and the engine has restarted since, or its session has ended. Save them again"
                 ) from None
-            self._make_room(keep=command.sampler)
+            self.residents.make_room(keep=command.sampler)
         self._samplers[model.name].add(command, weights, answer)
 
     # The clock
 
     def step(self) -> bool:
         """One cycle. True while there is more work."""
-        self._clock += 1
+        self.residents.clock += 1
         done = self._cycle()
         more = any(run.waiting or run.jobs for run in self.runs.values())
         more |= any(sampler.pending for sampler in self._samplers.values())
@@ -336,10 +323,10 @@ class Engine:
     def _cycle(self) -> bool:
         """Whether anything was done."""
         done = False
-        for name in list(self._turn):
+        for name in list(self.residents.turn):
             done |= self._advance(self.runs[name])
         started = time.perf_counter()
-        trained = self._train()
+        trained = self.rounds.run(any(s.pending for s in self._samplers.values()))
         spent = time.perf_counter() - started
         started = time.perf_counter()
         for sampler in self._samplers.values():
@@ -360,269 +347,19 @@ class Engine:
             if len(run.jobs) >= JOBS_AHEAD if begins else run.jobs:
                 break
             run.waiting.popleft()
-            run.used = self._clock
+            run.used = self.residents.clock
             done = True
             began, started = time.time(), time.perf_counter()
             if isinstance(command, ForwardBackward):
-                self._start(run, command, answer)
+                self.rounds.start(run, command, answer)
             else:
                 try:
-                    answer(replace(self._execute(run, command), times={"started": began}))
+                    answer(replace(execute(self.residents, run, command), times={"started": began}))
                 except Exception as error:
-                    answer(_failed(f"{type(command).__name__} of run {run.name}", error))
+                    answer(failed(f"{type(command).__name__} of run {run.name}", error))
             seconds = time.perf_counter() - started
             if isinstance(command, OptimStep):
                 self.metrics.optim_step_seconds.observe(seconds)
             if self.shares.several:
                 self.shares.charge(seconds, {run.share.key: seconds})
         return done
-
-    def _start(self, run: Run, command: ForwardBackward, answer: Answer) -> None:
-        try:
-            request = decode_request(command.body, command.encoding, BODY_LIMIT)
-            self._bring_back(run)
-            aside = Aside(command.aside, command.arrived_at)
-            job = TrainingJob(request, run.model, run.layout, run.weights, aside)
-            self._fits(job)
-        except Exception as error:
-            answer(_failed(f"forward_backward {command.seq_id} of run {run.name}", error))
-        else:
-            job.answer = answer
-            run.jobs.append(job)
-
-    def _fits(self, job: TrainingJob) -> None:
-        """Refuse a sequence whose pass would not fit by itself."""
-        for index, sequence in enumerate(job.sequences):
-            length = sequence.tokens.numel()
-            need = peak_bytes(job.model, length, length, not job.forward_only, recomputed=True)
-            if need > self.budget.passes:
-                raise ContentError(
-                    f"data[{index}] has {length} tokens, for which a pass needs about {need} bytes; this "
-                    f"server has {self.budget.passes} for it. Send a shorter sequence or raise --memory"
-                )
-
-    def _execute(
-        self,
-        run: Run,
-        command: OptimStep | SaveState | SaveExternal | LoadState | Publish | ReleaseRun,
-    ) -> Done:
-        match command:
-            case OptimStep():
-                self._bring_back(run)
-                metrics = run.optimize(command.params)
-                self._make_room(keep=run.name)
-                return Done({"metrics": metrics} if metrics else {})
-            case SaveState():
-                self._bring_back(run)
-                size = adapter_files.write(
-                    command.path,
-                    run.model,
-                    run.layout,
-                    run.live,
-                    optimizer=run.optimizer,
-                    gradients=command.gradients,
-                )
-                return Done({"size_bytes": size})
-            case SaveExternal():
-                recipients = read_recipients(command.recipients)
-                self._bring_back(run)
-                size = adapter_files.write(
-                    command.path,
-                    run.model,
-                    run.layout,
-                    run.live,
-                    optimizer=None,
-                    gradients=False,
-                    recipients=recipients,
-                )
-                return Done({"size_bytes": size})
-            case LoadState():
-                spec, _ = adapter_files.read_spec(command.path, run.model)
-                _same_shape(run, spec)
-                if command.optimizer:
-                    _same_optimizer(run, adapter_files.read_optimizer(command.path))
-                state = adapter_files.read(
-                    command.path,
-                    run.layout,
-                    run.model.device,
-                    optimizer=command.optimizer,
-                    gradients=command.gradients,
-                )
-                self._drop_spill(run)
-                run.replace(state)
-                self._make_room(keep=run.name)
-                return Done({})
-            case Publish():
-                self._bring_back(run)
-                written = None
-                if command.path is not None:
-                    written = adapter_files.write(
-                        command.path, run.model, run.layout, run.live, optimizer=None, gradients=False
-                    )
-                self.snapshots.publish(command.sampler, run.model, run.layout, run.weights, command.path)
-                self.snapshots.entries[command.sampler].used = self._clock
-                self._make_room(keep=command.sampler)
-                return Done({"size_bytes": written})
-            case ReleaseRun():
-                self._drop_spill(run)
-                del self.runs[run.name]
-                self._turn.remove(run.name)
-                return Done({})
-
-    # Training
-
-    def _train(self) -> bool:
-        """One pass over blocks of the runs that have work, in turns. False if there was none."""
-        busy = any(s.pending for s in self._samplers.values())
-        short = busy or self.shares.contended
-        limit = (SHARED_PASS_ROWS if short else PASS_ROWS)[self.device.type]
-        work = fill_pass(self.runs, self._turn, self.shares, limit, self.budget.passes)
-        if not work:
-            return False
-        jobs = list({id(job): job for job, _ in work}.values())
-        started = time.perf_counter()
-        for job in jobs:
-            job.started = job.started or time.time()
-        try:
-            run_pass([(job, job.cuts[index]) for job, index in work], self.budget.passes)
-        except Exception as error:
-            self._pass_failed(jobs, error)
-        else:
-            for job, index in work:
-                job.next = index + 1
-        seconds = time.perf_counter() - started
-        rows: Counter[str] = Counter()
-        for job, index in work:
-            rows[job.key] += job.cuts[index].rows
-        costs = self._pass_costs[jobs[0].forward_only]
-        costs.observe(rows.total(), seconds)
-        self.metrics.train_pass_seconds.observe(seconds)
-        self.metrics.train_pass_fill.observe(rows.total() / limit)
-        self.shares.charge(
-            seconds, {key: costs.estimate(own, rows.total(), seconds) for key, own in rows.items()}
-        )
-        for run in self.runs.values():
-            self._finish(run)
-        return True
-
-    def _pass_failed(self, jobs: list[TrainingJob], error: Exception) -> None:
-        """A pass changed nothing but its own jobs: start them anew, each alone. One that was has failed."""
-        if len(jobs) == 1 and jobs[0].alone:
-            log.error("a training pass failed", exc_info=error)
-            jobs[0].failure = f"forward_backward failed: {_text(error)}. Nothing was accumulated"
-            return
-        log.warning("a training pass of %d requests failed, trying each alone: %s", len(jobs), _text(error))
-        for job in jobs:
-            job.restart()
-            job.alone = True
-
-    def _finish(self, run: Run) -> None:
-        """Answer finished jobs, in the order of their seq_ids."""
-        while run.jobs and (run.jobs[0].done or run.jobs[0].failure):
-            job = run.jobs.popleft()
-            if job.failure:
-                job.answer(Failed(job.failure, "server"))
-                continue
-            try:
-                payload = job.result()
-            except ContentError as error:
-                job.answer(Failed(str(error)))
-                continue
-            if job.gradients is not None:
-                run.accumulate(job.gradients)
-                self._make_room(keep=run.name)
-            self.metrics.tokens["train"] += job.tokens
-            job.answer(Done(payload, {"train": job.tokens}, {"started": job.started}))
-
-    # Memory
-
-    def _adapter_bytes(self) -> int:
-        """Resident bytes of runs and snapshots; weights that several share count once."""
-        states = sum(r.state.nbytes for r in self.runs.values() if r.state is not None)
-        shared = {id(w): w.nbytes for r in self.runs.values() if (w := r.made_weights) is not None}
-        shared |= {id(w): w.nbytes for s in self.snapshots.entries.values() if (w := s.weights) is not None}
-        return states + sum(shared.values())
-
-    def _make_room(self, keep: str | None = None) -> None:
-        """Put away what was used longest ago until runs and snapshots are within their bound."""
-        if self._adapter_bytes() <= self.budget.adapters:
-            return
-        idle_runs = [
-            (r.used, r.name, True)
-            for r in self.runs.values()
-            if r.state is not None and not r.waiting and not r.jobs and r.name != keep
-        ]
-        snapshots = [
-            (s.used, name, False)
-            for name, s in self.snapshots.entries.items()
-            if s.weights is not None and name != keep
-        ]
-        for _, name, is_run in sorted(idle_runs + snapshots):
-            try:
-                if is_run:
-                    self._put_away(self.runs[name])
-                else:
-                    self.snapshots.evict(name)
-            except (FolderError, OSError) as error:
-                log.warning("%s could not be put away: %s", name, error)
-            if self._adapter_bytes() <= self.budget.adapters:
-                return
-
-    def _put_away(self, run: Run) -> None:
-        path = str(Path(self.config.spill_dir) / f"run-{uuid.uuid4().hex}")
-        adapter_files.write(path, run.model, run.layout, run.live, optimizer=run.optimizer, gradients=True)
-        run.spilled = path
-        run.replace(None)
-
-    def _bring_back(self, run: Run) -> None:
-        if run.state is None and run.spilled is not None:
-            run.replace(
-                adapter_files.read(run.spilled, run.layout, run.model.device, optimizer=True, gradients=True)
-            )
-            self._drop_spill(run)
-            self._make_room(keep=run.name)
-
-    def _drop_spill(self, run: Run) -> None:
-        if run.spilled is not None:
-            adapter_files.remove(run.spilled)
-            run.spilled = None
-
-
-def _clear(spill_dir: Path) -> None:
-    """Delete what an engine that died had put away: it is of no use to anyone."""
-    for left in spill_dir.glob("run-*"):
-        adapter_files.remove(str(left))
-    for left in spill_dir.glob("sampler-*.safetensors"):
-        left.unlink(missing_ok=True)
-
-
-def _same_shape(run: Run, spec: object) -> None:
-    own = run.layout.spec
-    for name in ("rank", "alpha", "train_attn", "train_mlp", "train_unembed"):
-        theirs = getattr(spec, name)
-        if theirs != getattr(own, name):
-            raise ContentError(
-                f"the checkpoint has {name} {theirs}, this run has {getattr(own, name)}; create the training "
-                "client from the checkpoint instead (create_training_client_from_state)"
-            )
-
-
-def _same_optimizer(run: Run, theirs: str) -> None:
-    if theirs != run.optimizer:
-        raise ContentError(
-            f"the checkpoint has the state of the optimizer {theirs}, this run was created with "
-            f"{run.optimizer}; load the weights alone, or create the training client from the checkpoint "
-            "(create_training_client_from_state_with_optimizer)"
-        )
-
-
-def _failed(what: str, error: Exception) -> Failed:
-    """The answer to a command that raised; what is not the user's own mistake is logged, too."""
-    if isinstance(error, (ContentError, FolderError)):
-        return Failed(str(error), "server" if isinstance(error, WriteError) else "user")
-    log.error("%s failed", what, exc_info=error)
-    return Failed(f"{what} failed: {_text(error)}", "server")
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

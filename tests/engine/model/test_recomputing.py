@@ -93,7 +93,7 @@ class TestEngine:
         ids = sequences(0, (200,))
         need = peak_bytes(model, 208, 208, True)
         less = peak_bytes(model, 208, 208, True, recomputed=True)
-        engine.budget = Budget(engine.budget.adapters, engine.budget.cache, (need + less) // 2)
+        engine.residents.budget = Budget(engine.budget.adapters, engine.budget.cache, (need + less) // 2)
         replies: list[Reply] = []
         used: list[int] = []
         real = recomputing.checkpoint
@@ -105,7 +105,7 @@ class TestEngine:
         assert all(isinstance(r, Done) for r in replies), replies
         assert used
         least = peak_bytes(model, 199, 199, True, recomputed=True)
-        engine.budget = Budget(engine.budget.adapters, engine.budget.cache, least - 1)
+        engine.residents.budget = Budget(engine.budget.adapters, engine.budget.cache, least - 1)
         engine.submit(ForwardBackward("r", 2, request(ids)), replies.append)
         while engine.step():
             pass

@@ -1,0 +1,124 @@
+"""Rounds of training: forward_backwards become jobs, a pass takes blocks of whatever runs have work, and
+finished jobs are answered in order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+
+from tinsmith.engine.aside import Aside
+from tinsmith.engine.commands import Done, Failed, ForwardBackward
+from tinsmith.engine.failures import failed, text
+from tinsmith.engine.metrics import Metrics
+from tinsmith.engine.passes import fill_pass
+from tinsmith.engine.residents import Residents
+from tinsmith.engine.runs import Answer, Run
+from tinsmith.engine.shares import Costs, Shares
+from tinsmith.engine.training import TrainingJob, peak_bytes, run_pass
+from tinsmith.wire.training import ContentError, decode_request
+
+log = logging.getLogger(__name__)
+
+BODY_LIMIT = 256 << 20  # bytes of a decompressed forward_backward body
+PASS_ROWS = {"cpu": 4096, "cuda": 32768}  # rows of a training pass
+SHARED_PASS_ROWS = {"cpu": 512, "cuda": 8192}  # the same while samples or several share keys are running
+
+
+class Rounds:
+    """All training passes of an engine."""
+
+    def __init__(self, residents: Residents, shares: Shares, metrics: Metrics, device: str) -> None:
+        """device: its type, "cpu" or "cuda"."""
+        self.residents, self.shares, self.metrics, self.device = residents, shares, metrics, device
+        self._costs = {False: Costs(), True: Costs()}  # by forward_only
+
+    def start(self, run: Run, command: ForwardBackward, answer: Answer) -> None:
+        """Check a request and make it a job of its run; one that is wrong is answered at once."""
+        try:
+            request = decode_request(command.body, command.encoding, BODY_LIMIT)
+            self.residents.bring_back(run)
+            aside = Aside(command.aside, command.arrived_at)
+            job = TrainingJob(request, run.model, run.layout, run.weights, aside)
+            self._fits(job)
+        except Exception as error:
+            answer(failed(f"forward_backward {command.seq_id} of run {run.name}", error))
+        else:
+            job.answer = answer
+            run.jobs.append(job)
+
+    def _fits(self, job: TrainingJob) -> None:
+        """Refuse a sequence whose pass would not fit by itself."""
+        for index, sequence in enumerate(job.sequences):
+            length = sequence.tokens.numel()
+            need = peak_bytes(job.model, length, length, not job.forward_only, recomputed=True)
+            have = self.residents.budget.passes
+            if need > have:
+                raise ContentError(
+                    f"data[{index}] has {length} tokens, for which a pass needs about {need} bytes; this "
+                    f"server has {have} for it. Send a shorter sequence or raise --memory"
+                )
+
+    def run(self, busy: bool) -> bool:
+        """One pass over blocks of the runs that have work, in turns; a short one while samplers are `busy`.
+        False if there was none."""
+        residents = self.residents
+        short = busy or self.shares.contended
+        limit = (SHARED_PASS_ROWS if short else PASS_ROWS)[self.device]
+        work = fill_pass(residents.runs, residents.turn, self.shares, limit, residents.budget.passes)
+        if not work:
+            return False
+        jobs = list({id(job): job for job, _ in work}.values())
+        started = time.perf_counter()
+        for job in jobs:
+            job.started = job.started or time.time()
+        try:
+            run_pass([(job, job.cuts[index]) for job, index in work], residents.budget.passes)
+        except Exception as error:
+            self._pass_failed(jobs, error)
+        else:
+            for job, index in work:
+                job.next = index + 1
+        seconds = time.perf_counter() - started
+        rows: Counter[str] = Counter()
+        for job, index in work:
+            rows[job.key] += job.cuts[index].rows
+        costs = self._costs[jobs[0].forward_only]
+        costs.observe(rows.total(), seconds)
+        self.metrics.train_pass_seconds.observe(seconds)
+        self.metrics.train_pass_fill.observe(rows.total() / limit)
+        self.shares.charge(
+            seconds, {key: costs.estimate(own, rows.total(), seconds) for key, own in rows.items()}
+        )
+        for run in residents.runs.values():
+            self._finish(run)
+        return True
+
+    def _pass_failed(self, jobs: list[TrainingJob], error: Exception) -> None:
+        """A pass changed nothing but its own jobs: start them anew, each alone. One that was has failed."""
+        if len(jobs) == 1 and jobs[0].alone:
+            log.error("a training pass failed", exc_info=error)
+            jobs[0].failure = f"forward_backward failed: {text(error)}. Nothing was accumulated"
+            return
+        log.warning("a training pass of %d requests failed, trying each alone: %s", len(jobs), text(error))
+        for job in jobs:
+            job.restart()
+            job.alone = True
+
+    def _finish(self, run: Run) -> None:
+        """Answer finished jobs, in the order of their seq_ids."""
+        while run.jobs and (run.jobs[0].done or run.jobs[0].failure):
+            job = run.jobs.popleft()
+            if job.failure:
+                job.answer(Failed(job.failure, "server"))
+                continue
+            try:
+                payload = job.result()
+            except ContentError as error:
+                job.answer(Failed(str(error)))
+                continue
+            if job.gradients is not None:
+                run.accumulate(job.gradients)
+                self.residents.make_room(keep=run.name)
+            self.metrics.tokens["train"] += job.tokens
+            job.answer(Done(payload, {"train": job.tokens}, {"started": job.started}))
