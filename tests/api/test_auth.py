@@ -18,7 +18,7 @@ import jwt
 import pytest
 import tinker
 
-from tests.harness import Raw, Server, datum, detail, wait_for
+from tests.harness import Raw, Server, datum, detail, exit_code, wait_for
 
 
 def token_of(raw: Raw) -> str:
@@ -194,7 +194,7 @@ def test_tinker_auth_logs_in_says_who_one_is_and_logs_out(
         )  # fmt: skip
 
     refused = run("auth", "login", said="tml-nonsense\n")
-    assert (refused.returncode, "not valid here" in refused.stderr) == (1, True)
+    assert (exit_code(refused), "not valid here" in refused.stderr) == (1, True)
     login = run("auth", "login", said=f"{key}\n")
     assert f"Logged in as program (program-{generated})" in login.stdout
     with ThreadPoolExecutor(2) as pool:
@@ -207,5 +207,5 @@ def test_tinker_auth_logs_in_says_who_one_is_and_logs_out(
     if generated:  # as an older program left it: logging out deletes such a key on the server
         stored.write_text(stored.read_text().replace('"manual"', '"generated"'))
     logout = run("auth", "logout")
-    assert (logout.returncode, "Removed credential" in logout.stdout) == (0, True)
+    assert (exit_code(logout), "Removed credential" in logout.stdout) == (0, True)
     assert server.raw(key).get("sessions").status_code == (401 if generated else 200)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import KEY, Server
+from tests.harness import KEY, Server, exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "src" / "tinsmith" / "assets" / "models" / "tin-5m"
@@ -36,7 +36,7 @@ def run(server: Server, name: str, folder: Path, *options: str) -> tuple[str, li
     done = subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240, check=False
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert exit_code(done) == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return done.stdout, rows
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tinker
 
-from tests.harness import KEY, MODEL, Server
+from tests.harness import KEY, MODEL, Server, exit_code
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Program:
 
     def fails(self, *words: str, key: str | None = None) -> str:
         done = self.start(*words, key=key).result()
-        assert (done.returncode, done.stdout) == (1, "")
+        assert (exit_code(done), done.stdout) == (1, "")
         assert "Traceback" not in done.stderr
         return done.stderr
 
 
 def _out(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stderr
+    assert exit_code(done) == 0, done.stderr
     return done.stdout
 
 

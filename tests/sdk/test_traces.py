@@ -12,7 +12,7 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.harness import KEY, MODEL, Server, datum
+from tests.harness import KEY, MODEL, Server, datum, exit_code
 from tests.sdk.test_cli import Program, program  # noqa: F401
 from tests.wire.test_timeline import counters, slices
 
@@ -103,7 +103,7 @@ def test_the_program_downloads_a_trace(program: Program, session: str, tmp_path:
     told = program.start("session", "export-trace", session, "-o", str(table))
     told_json = program.start("-f", "json", "session", "export-trace", session, "-o", str(as_json))
     done, done_json = told.result(), told_json.result()
-    assert (done.returncode, done_json.returncode) == (0, 0), done.stderr + done_json.stderr
+    assert (exit_code(done), exit_code(done_json)) == (0, 0), done.stderr + done_json.stderr
     assert str(table) in done.stdout
     answer = json.loads(done_json.stdout)
     assert answer == {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tinker
 
-from tests.harness import KEY, MODEL, Server
+from tests.harness import KEY, MODEL, Server, exit_code
 from tests.sdk import versions
 
 CORE = Path(__file__).parent / "core.py"
@@ -32,7 +32,7 @@ def core(server: Server, folder: Path | None) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(CORE), MODEL], env=environment, capture_output=True, text=True, timeout=200
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert exit_code(done) == 0, done.stderr[-4000:]
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report
 
