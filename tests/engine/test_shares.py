@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -243,8 +244,7 @@ class TestTraining:
         for i in range(6):
             self.submit(engine, f"b{i}", B, 2, 64)
         self.submit(engine, "a", A, 2, 64)
-        for name in list(engine.residents.turn):
-            engine._advance(engine.runs[name])
+        engine._carry_out(math.inf)
         rows = Counter[str]()
         for job, index in self.fill(engine):
             rows[job.key] += job.cuts[index].rows
@@ -256,8 +256,7 @@ class TestTraining:
         for i in range(6):
             self.submit(engine, f"b{i}", heavy, 2, 64)
         self.submit(engine, "a", A, 1, 64)
-        for name in list(engine.residents.turn):
-            engine._advance(engine.runs[name])
+        engine._carry_out(math.inf)
         keys = Counter(job.key for job, _ in self.fill(engine))
         assert keys == {"a": 1, "b": 2}
 

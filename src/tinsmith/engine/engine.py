@@ -1,14 +1,16 @@
 """The engine: a state machine over commands, driven by `submit` and `step`.
 
 Each step is one clock cycle: due commands of every run, one training pass over blocks of whatever
-runs have work, and sampling steps for about as long as the pass took. Nothing here waits or blocks
-but the work itself; a process (process.py) or a test drives it.
+runs have work, and sampling steps for about as long as those took; while samples run, training's turns
+are short. Nothing here waits or blocks but the work itself; a process (process.py) or a test drives it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from tinsmith.engine.commands import (
     OpenSampler,
     OptimStep,
     Piece,
+    ReleaseRun,
     ReleaseSampler,
     Reply,
     Sample,
@@ -62,13 +65,15 @@ from tinsmith.wire.training import ContentError
 log = logging.getLogger(__name__)
 
 JOBS_AHEAD = 16  # forward_backwards of one run that are decoded at a time
+PIECE_SECONDS = 0.05  # of commands between two sampling steps, but for what the last of them takes
+RECENT = 0.5  # seconds after the last sampling step for which turns stay short
 
 
 class Engine:
     """Base models on one device, with all their runs and samplers."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Loads the models. Raises ModelError."""
+    def __init__(self, config: EngineConfig, now: Callable[[], float] = time.perf_counter) -> None:
+        """Loads the models. Raises ModelError. `now`: the clock, in seconds, by which turns are measured."""
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
@@ -115,7 +120,10 @@ class Engine:
             name: Sampler(model, cache, self.shares, self.metrics, copies=budget.copies)
             for name, model in self.models.items()
         }
-        self.rounds = Rounds(self.residents, self.shares, self.metrics, self.device.type)
+        self.now = now
+        self._sampled = -math.inf  # when the last sampling step ended
+        self._passes_next = False  # whether training's last turn was one of commands
+        self.rounds = Rounds(self.residents, self.shares, self.metrics, self.device.type, now)
 
     @property
     def budget(self) -> Budget:
@@ -244,7 +252,7 @@ class Engine:
             case _:
                 run = self.runs.get(command.run)
                 if run is None:
-                    raise ContentError(f"run {command.run} is not on this engine")
+                    raise _unknown(command.run)
                 if isinstance(command, ForwardBackward) and command.share is not None:
                     run.share = command.share
                 run.waiting.append((command, self._enter(run.share, answer)))
@@ -321,45 +329,86 @@ class Engine:
         return more
 
     def _cycle(self) -> bool:
-        """Whether anything was done."""
-        done = False
-        for name in list(self.residents.turn):
-            done |= self._advance(self.runs[name])
-        started = time.perf_counter()
-        trained = self.rounds.run(any(s.pending for s in self._samplers.values()))
-        spent = time.perf_counter() - started
-        started = time.perf_counter()
-        for sampler in self._samplers.values():
-            while sampler.pending:
+        """A turn of training, and sampling for as long as that took. Whether anything was done."""
+        started = self.now()
+        trained = self._train()
+        return self._sample_for(self.now() - started) or trained
+
+    def _sample_for(self, seconds: float) -> bool:
+        """Sampling steps of all models in turns, one at least of each. Whether there was any."""
+        done, started = False, self.now()
+        working = [sampler for sampler in self._samplers.values() if sampler.pending]
+        while working:
+            for sampler in working:
                 sampler.step()
                 done |= not sampler.stuck
-                if sampler.stuck or not trained or time.perf_counter() - started >= spent:
-                    break
-        return done or trained
-
-    def _advance(self, run: Run) -> bool:
-        """Carry out what is due of one run, up to forward_backwards, which become jobs. Whether there
-        was anything."""
-        done = False
-        while run.waiting and self.shares.may(run.share.key):
-            command, answer = run.waiting[0]
-            begins = isinstance(command, ForwardBackward)
-            if len(run.jobs) >= JOBS_AHEAD if begins else run.jobs:
+            self._sampled = self.now()
+            working = [sampler for sampler in working if sampler.pending and not sampler.stuck]
+            if self._sampled - started >= seconds:
                 break
-            run.waiting.popleft()
-            run.used = self.residents.clock
-            done = True
-            began, started = time.time(), time.perf_counter()
-            if isinstance(command, ForwardBackward):
-                self.rounds.start(run, command, answer)
-            else:
-                try:
-                    answer(replace(execute(self.residents, run, command), times={"started": began}))
-                except Exception as error:
-                    answer(failed(f"{type(command).__name__} of run {run.name}", error))
-            seconds = time.perf_counter() - started
-            if isinstance(command, OptimStep):
-                self.metrics.optim_step_seconds.observe(seconds)
-            if self.shares.several:
-                self.shares.charge(seconds, {run.share.key: seconds})
         return done
+
+    def _train(self) -> bool:
+        """All commands that are due, and a pass. While samples run, it is commands or a pass, in turns where
+        there is work for both, so that no decode step waits for more than one. Whether there was anything."""
+        short = self._sampling()
+        if short and self._passes_next and self.rounds.run(short):
+            self._passes_next = False
+            return True
+        done, heavy = self._carry_out(self.now() + PIECE_SECONDS if short else math.inf)
+        self._passes_next = heavy
+        if short and heavy:
+            return True
+        return self.rounds.run(short) or done
+
+    def _sampling(self) -> bool:
+        """Whether samples run, or did a moment ago: who asks for one after the other is back soon."""
+        if any(sampler.pending for sampler in self._samplers.values()):
+            return True
+        return self.now() - self._sampled < RECENT
+
+    def _carry_out(self, until: float) -> tuple[bool, bool]:
+        """Due commands of all runs, until a time. Whether there were any, and whether that was more than
+        making jobs of a few requests."""
+        done = heavy = False
+        for name in list(self.residents.turn):
+            run = self.runs[name]
+            while self.now() < until and (command := self._advance(run)) is not None:
+                done = True
+                if not isinstance(command, ForwardBackward):
+                    heavy = True
+                    self.residents.served(run)
+        return done, heavy or self.now() >= until
+
+    def _advance(self, run: Run) -> Command | None:
+        """Carry out the next command of a run, if it is due; of a forward_backward a job is made."""
+        if not run.waiting or not self.shares.may(run.share.key):
+            return None
+        command, answer = run.waiting[0]
+        begins = isinstance(command, ForwardBackward)
+        if len(run.jobs) >= JOBS_AHEAD if begins else run.jobs:
+            return None
+        run.waiting.popleft()
+        run.used = self.residents.clock
+        began, started = time.time(), self.now()
+        if isinstance(command, ForwardBackward):
+            self.rounds.start(run, command, answer)
+        else:
+            try:
+                answer(replace(execute(self.residents, run, command), times={"started": began}))
+            except Exception as error:
+                answer(failed(f"{type(command).__name__} of run {run.name}", error))
+        if isinstance(command, ReleaseRun):
+            while run.waiting:
+                late, answer = run.waiting.popleft()
+                answer(failed(type(late).__name__, _unknown(run.name)))
+        seconds = self.now() - started
+        if isinstance(command, OptimStep):
+            self.metrics.optim_step_seconds.observe(seconds)
+        if self.shares.several:
+            self.shares.charge(seconds, {run.share.key: seconds})
+        return command
+
+
+def _unknown(run: str) -> ContentError:
+    return ContentError(f"run {run} is not on this engine")

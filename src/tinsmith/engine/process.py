@@ -36,6 +36,7 @@ _LENGTH = struct.Struct("<Q")
 _ENGINE = "tinsmith.engine.engine:Engine"
 _LOGS = "_TINSMITH_ENGINE_LOGS"  # how the child logs: LEVEL:FORMAT
 _DEATHS, _WINDOW = 5, 60.0  # so many deaths in so many seconds, and it is not started again
+_INTAKE = 0.05  # seconds of taking commands between two steps
 _BACKOFF = 0.25  # seconds before the second start in a row, and twice as many before each further one
 
 
@@ -395,12 +396,15 @@ def _drive(
     incoming: queue.SimpleQueue[tuple[int, Command] | None],
     answer: Callable[[int, Reply | Piece], None],
 ) -> None:
-    """Submit what has come in, step while there is work, sleep while there is none."""
+    """Submit what has come in, step while there is work, sleep while there is none. Steps do not wait until
+    all of a flood of commands is taken."""
     working, stopping = False, False
     while working or not stopping:
+        until: float | None = None
         with contextlib.suppress(queue.Empty):
-            while not stopping:
+            while not stopping and (until is None or time.monotonic() < until):
                 message = incoming.get(block=not working)
+                until = until or time.monotonic() + _INTAKE
                 if message is None:
                     stopping = True
                     break

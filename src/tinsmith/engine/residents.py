@@ -42,6 +42,12 @@ class Residents:
         del self.runs[run.name]
         self.turn.remove(run.name)
 
+    def served(self, run: Run) -> None:
+        """A run has had its turn: it goes behind the others."""
+        if run.name in self.runs:
+            self.turn.remove(run.name)
+            self.turn.append(run.name)
+
     @property
     def nbytes(self) -> int:
         """Resident bytes of runs and snapshots; weights that several share count once."""

@@ -6,11 +6,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from tinsmith.engine.aside import Aside
 from tinsmith.engine.commands import Done, Failed, ForwardBackward
 from tinsmith.engine.failures import failed, text
 from tinsmith.engine.metrics import Metrics
+from tinsmith.engine.pace import Pace
 from tinsmith.engine.passes import fill_pass
 from tinsmith.engine.residents import Residents
 from tinsmith.engine.runs import Answer, Run
@@ -22,16 +24,26 @@ log = logging.getLogger(__name__)
 
 BODY_LIMIT = 256 << 20  # bytes of a decompressed forward_backward body
 PASS_ROWS = {"cpu": 4096, "cuda": 32768}  # rows of a training pass
-SHARED_PASS_ROWS = {"cpu": 512, "cuda": 8192}  # the same while samples or several share keys are running
+# The same while samples or several share keys are running; on a GPU at most, see pace.py.
+SHARED_PASS_ROWS = {"cpu": 512, "cuda": 8192}
 
 
 class Rounds:
     """All training passes of an engine."""
 
-    def __init__(self, residents: Residents, shares: Shares, metrics: Metrics, device: str) -> None:
-        """device: its type, "cpu" or "cuda"."""
+    def __init__(
+        self,
+        residents: Residents,
+        shares: Shares,
+        metrics: Metrics,
+        device: str,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """device: its type, "cpu" or "cuda"; now: the clock that passes are timed by, in seconds."""
         self.residents, self.shares, self.metrics, self.device = residents, shares, metrics, device
+        self.now = now
         self._costs = {False: Costs(), True: Costs()}  # by forward_only
+        self._pace = Pace()
 
     def start(self, run: Run, command: ForwardBackward, answer: Answer) -> None:
         """Check a request and make it a job of its run; one that is wrong is answered at once."""
@@ -65,26 +77,31 @@ class Rounds:
         residents = self.residents
         short = busy or self.shares.contended
         limit = (SHARED_PASS_ROWS if short else PASS_ROWS)[self.device]
+        if short and self.device == "cuda":
+            limit = self._pace.rows(limit)
         work = fill_pass(residents.runs, residents.turn, self.shares, limit, residents.budget.passes)
         if not work:
             return False
         jobs = list({id(job): job for job, _ in work}.values())
-        started = time.perf_counter()
+        started, broken = self.now(), False
         for job in jobs:
             job.started = job.started or time.time()
         try:
             run_pass([(job, job.cuts[index]) for job, index in work], residents.budget.passes)
         except Exception as error:
             self._pass_failed(jobs, error)
+            broken = True
         else:
             for job, index in work:
                 job.next = index + 1
-        seconds = time.perf_counter() - started
+        seconds = self.now() - started
         rows: Counter[str] = Counter()
         for job, index in work:
             rows[job.key] += job.cuts[index].rows
         costs = self._costs[jobs[0].forward_only]
         costs.observe(rows.total(), seconds)
+        if not jobs[0].forward_only and not broken:
+            self._pace.observe(rows.total(), seconds)
         self.metrics.train_pass_seconds.observe(seconds)
         self.metrics.train_pass_fill.observe(rows.total() / limit)
         self.shares.charge(

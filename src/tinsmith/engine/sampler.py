@@ -31,6 +31,7 @@ from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
 from tinsmith.engine.model.packing import Pass, RecurrentBackend, Segment
 from tinsmith.engine.model.vision import Part
+from tinsmith.engine.pace import Pace
 from tinsmith.engine.paged_attention import Chunk, PagedAttention
 from tinsmith.engine.program import Program
 from tinsmith.engine.prompt_scores import PromptScores
@@ -95,6 +96,7 @@ class Sampler:
         self.requests: dict[str, SampleRequest] = {}
         self.stuck = False  # whether the last step found nothing that it could compute
         self._costs = Costs()
+        self._pace = Pace()
 
     @property
     def pending(self) -> int:
@@ -184,6 +186,7 @@ class Sampler:
         whole = keys.total()
         self.metrics.sample_step_seconds.observe(seconds)
         self._costs.observe(whole, seconds)
+        self._pace.observe(whole, seconds)
         self.shares.charge(
             seconds, {key: self._costs.estimate(rows, whole, seconds) for key, rows in keys.items()}
         )
@@ -260,6 +263,8 @@ class Sampler:
     def _plan(self) -> list[tuple[SampledSequence, int]]:
         """(sequence, new tokens) of this step, each with its pages; the youngest make room for the older."""
         budget = PREFILL_ROWS[self.model.device.type]
+        if self.decoder is not None and any(map(decodes, self.running)):
+            budget = self._pace.rows(budget)  # those who decode wait for it
         budgets = self._prefill_budgets(budget) if self.shares.several else {}
         plan: list[tuple[SampledSequence, int]] = []
         for sequence in list(self.running):

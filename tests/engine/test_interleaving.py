@@ -1,0 +1,267 @@
+"""Training and sampling on one device: no decode step waits for more than one piece of the other's work, and
+neither starves. Time is what a clock of the test's own says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+
+from tests.engine.test_sampler import sample
+from tests.engine.tiny import request, tokens
+from tinsmith.engine import engine as module
+from tinsmith.engine import rounds, training
+from tinsmith.engine.commands import (
+    AdamParams,
+    Command,
+    CreateAdapter,
+    Done,
+    EngineConfig,
+    Failed,
+    ForwardBackward,
+    LoraSpec,
+    ModelSource,
+    OptimStep,
+    Publish,
+    ReleaseRun,
+    Reply,
+    SaveState,
+)
+from tinsmith.engine.engine import PIECE_SECONDS, RECENT, Engine
+from tinsmith.engine.metrics import Metrics
+from tinsmith.engine.rounds import PASS_ROWS, SHARED_PASS_ROWS, Rounds
+from tinsmith.engine.runs import Run
+
+Folder = Callable[[str], Path]
+ROW, DECODE, OPTIMIZE, SAVE = 0.0002, 0.005, 0.01, 0.3  # seconds of a trained row and of each step
+
+
+class World:
+    """An engine whose work takes a given time and is written down: what, and how many rows or seconds."""
+
+    def __init__(self, folder: Path, tmp_path: Path, patch: pytest.MonkeyPatch, models: int = 1) -> None:
+        self.time = 0.0
+        self.events: list[tuple[str, float]] = []
+        sources = tuple(ModelSource("m" if not i else f"m{i}", str(folder)) for i in range(models))
+        config = EngineConfig(sources, str(tmp_path), device="cpu", dtype="fp32", memory=1 << 30)
+        self.engine = Engine(config, now=lambda: self.time)
+        self.path = tmp_path
+        patch.setattr(rounds, "run_pass", self._pass)
+        real = module.execute
+
+        def execute(residents: object, run: Run, command: Command) -> Done:
+            self.spend(type(command).__name__, SAVE if isinstance(command, SaveState) else OPTIMIZE)
+            return real(residents, run, command)  # type: ignore[arg-type]
+
+        patch.setattr(module, "execute", execute)
+        for name, sampler in self.engine._samplers.items():
+            patch.setattr(sampler, "step", self._decode(name, sampler.step))
+
+    def _pass(self, work: Sequence[tuple[training.TrainingJob, training._Cut]], most: int) -> None:
+        rows = sum(cut.rows for _, cut in work)
+        self.time += rows * ROW
+        self.events.append(("pass", rows))
+        training.run_pass(work, most)
+
+    def _decode(self, name: str, real: Callable[[], bool]) -> Callable[[], bool]:
+        def step() -> bool:
+            self.spend(f"sample {name}", DECODE)
+            return real()
+
+        return step
+
+    def spend(self, what: str, seconds: float) -> None:
+        self.time += seconds
+        self.events.append((what, seconds))
+
+    def tell(self, *commands: Command) -> list[Reply]:
+        replies: list[Reply] = []
+        for command in commands:
+            self.engine.submit(command, replies.append)  # type: ignore[arg-type]
+        return replies
+
+    def create(self, *runs: str) -> None:
+        replies = self.tell(*(CreateAdapter(run, "m", LoraSpec(4, 1)) for run in runs))
+        assert all(isinstance(r, Done) for r in replies), replies
+
+    def flood(self, model: str = "m") -> list[Reply]:
+        """Samples without end."""
+        prompts = [sample(f"{model} {i}", tokens(20, i), max_tokens=400, stop=()) for i in range(4)]
+        for prompt in prompts:
+            object.__setattr__(prompt, "model", model)
+        replies = self.tell(*prompts)
+        self.engine.step()
+        self.events.clear()
+        return replies
+
+    def turns(self) -> list[list[tuple[str, float]]]:
+        """What training did between two sampling steps."""
+        grouped = groupby(self.events, key=lambda e: e[0].startswith("sample"))
+        return [list(group) for is_sampling, group in grouped if not is_sampling]
+
+    def seconds(self, sampling: bool) -> float:
+        of = {True: 0.0, False: 0.0}
+        for what, amount in self.events:
+            of[what.startswith("sample")] += amount * ROW if what == "pass" else amount
+        return of[sampling]
+
+
+@pytest.fixture
+def world(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(folder("qwen3"), tmp_path, monkeypatch)
+
+
+def backward(run: str, seq: int, lengths: Sequence[int]) -> ForwardBackward:
+    return ForwardBackward(run, seq, request([tokens(n + 1, i) for i, n in enumerate(lengths)]))
+
+
+def test_between_two_sampling_steps_there_is_one_short_pass(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "BLOCK_TOKENS", 128)
+    monkeypatch.setitem(SHARED_PASS_ROWS, "cpu", 128)
+    world.create("long", "short", "mixed")
+    samples = world.flood()
+    trained = world.tell(
+        backward("long", 1, [400, 200]),
+        *(backward("short", i, [16] * 5) for i in range(4)),
+        backward("mixed", 1, [30, 128, 10]),
+    )
+    while len(trained) < 6:
+        world.engine.step()
+    assert all(isinstance(r, Done) for r in trained), trained
+    assert not samples
+    turns = world.turns()
+    assert all(len(turn) == 1 for turn in turns)
+    assert [rows for ((_, rows),) in turns if rows > 128] == [400, 208], "one sequence may be longer"
+
+
+def test_a_flood_of_samples_leaves_training_half_of_the_time(world: World) -> None:
+    world.create("r")
+    samples = world.flood()
+    trained = world.tell(backward("r", 1, [256] * 8), OptimStep("r", 2, AdamParams()))
+    while len(trained) < 2:
+        world.engine.step()
+    assert not samples
+    assert world.seconds(sampling=False) >= world.seconds(sampling=True) - 5 * DECODE
+
+
+def test_a_flood_of_training_leaves_samples_half_of_the_time(world: World) -> None:
+    runs = [f"r{i}" for i in range(6)]
+    world.create(*runs)
+    world.flood()
+    for seq in range(1, 7, 2):
+        world.tell(*(c for r in runs for c in (backward(r, seq, [60]), OptimStep(r, seq + 1, AdamParams()))))
+    while world.engine.runs["r5"].waiting:
+        world.engine.step()
+    assert world.seconds(sampling=True) >= world.seconds(sampling=False)
+
+
+def test_optimizer_steps_of_many_runs_are_made_in_pieces(world: World) -> None:
+    runs = [f"r{i}" for i in range(12)]
+    world.create(*runs)
+    world.flood()
+    replies = world.tell(*(OptimStep(run, 1, AdamParams()) for run in runs))
+    while len(replies) < len(runs):
+        world.engine.step()
+    pieces = [sum(seconds for _, seconds in turn) for turn in world.turns()]
+    assert max(pieces) <= PIECE_SECONDS + OPTIMIZE
+    assert len(pieces) <= 12 * OPTIMIZE / PIECE_SECONDS + 1, "and not one after the other"
+
+
+def test_a_run_that_saves_on_and_on_stops_neither_others_nor_samples(world: World) -> None:
+    world.create("saver", "other")
+    world.flood()
+    saves = world.tell(*(SaveState("saver", i, str(world.path / f"s{i}")) for i in range(10)))
+    trained = world.tell(backward("other", 1, [300, 300]), OptimStep("other", 2, AdamParams()))
+    while len(trained) < 2:
+        world.engine.step()
+    assert len(saves) <= 5, "one at most before each of the three, and one before and behind them"
+    for turn in world.turns():
+        kinds = [what for what, _ in turn]
+        assert kinds.count("SaveState") + kinds.count("pass") <= 1, "a decode step waits for one of them"
+
+
+def test_small_commands_of_several_runs_are_one_piece(world: World) -> None:
+    runs = [f"r{i}" for i in range(4)]
+    world.create(*runs)
+    world.flood()
+    replies = world.tell(*(Publish(run, 1, f"w{run}") for run in runs))
+    world.engine.step()
+    assert len(replies) == 4
+
+
+def test_each_model_samples_in_turn_beside_training(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(folder("qwen3"), tmp_path, monkeypatch, models=2)
+    world.create("r")
+    world.flood("m")
+    world.flood("m1")
+    trained = world.tell(backward("r", 1, [256] * 4))
+    while not trained:
+        world.engine.step()
+    counts = [sum(what == f"sample {name}" for what, _ in world.events) for name in ("m", "m1")]
+    assert counts[0] == counts[1] > 5
+
+
+def test_passes_stay_short_for_a_moment_after_the_last_sample(world: World) -> None:
+    world.create("r")
+    replies = world.tell(sample("s", tokens(20, 1), max_tokens=2, stop=()))
+    while not replies:
+        world.engine.step()
+    world.events.clear()
+    world.tell(*(backward("r", i, [256] * 4) for i in (1, 2)))
+    world.engine.step()
+    assert world.events == [("pass", SHARED_PASS_ROWS["cpu"])]
+    world.time += RECENT
+    world.engine.step()
+    assert world.events[1] == ("pass", 2048 - 512)
+
+
+def test_company_of_the_other_kind_changes_no_bit(world: World) -> None:
+    body = [backward("r", 1, [100, 30]), OptimStep("r", 2, AdamParams(1e-2)), backward("r", 3, [80])]
+    prompt = sample("s", tokens(40, 1), max_tokens=20, stop=())
+    world.create("r")
+    (alone,) = _done(world, prompt)
+    apart = _done(world, *body)
+    world.tell(ReleaseRun("r"))
+    world.engine.step()
+    world.create("r")
+    together = _done(world, body[0], prompt, *body[1:])
+    assert [r.payload for r in together if r.usage.get("train")] == [
+        r.payload for r in apart if r.usage.get("train")
+    ]
+    assert alone.payload in [r.payload for r in together]
+
+
+def _done(world: World, *commands: Command) -> list[Done]:
+    replies = world.tell(*commands)
+    while len(replies) < len(commands):
+        world.engine.step()
+    assert all(isinstance(r, Done) for r in replies), replies
+    return replies  # type: ignore[return-value]
+
+
+def test_what_waits_behind_a_release_is_answered(world: World) -> None:
+    world.create("r")
+    replies = world.tell(ReleaseRun("r"), OptimStep("r", 2, AdamParams()), backward("r", 3, [20]))
+    while world.engine.step():
+        pass
+    assert isinstance(replies[0], Done)
+    assert [r.message for r in replies[1:] if isinstance(r, Failed)] == ["run r is not on this engine"] * 2
+
+
+def test_a_gpu_cuts_passes_by_what_it_has_done(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.create(*(f"r{i}" for i in range(8)))
+    engine = world.engine
+    own = Rounds(engine.residents, engine.shares, Metrics(), "cuda", lambda: world.time)
+    monkeypatch.setitem(PASS_ROWS, "cuda", 4096)
+    for i in range(8):
+        job = backward(f"r{i}", 1, [256] * 2)
+        own.start(engine.runs[f"r{i}"], job, lambda reply: None)
+    own.run(True)
+    own.run(True)
+    assert [rows for _, rows in world.events] == [2048, 512]  # 5,000 rows a second are 250 in 50 ms
