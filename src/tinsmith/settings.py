@@ -115,6 +115,18 @@ class Settings:
             "bytes that this may take of the database; the oldest goes first", bytes=True, least=0
         ),
     )
+    telemetry_ttl: float = field(
+        default=30 * 86400.0,
+        metadata=_about("seconds for which it is kept what clients tell of themselves", least=1.0),
+    )
+    telemetry_events: int = field(
+        default=20_000,
+        metadata=_about(
+            "events of each organization that are kept of it; the oldest go first, 0 keeps none",
+            least=0,
+            most=10_000_000,
+        ),
+    )
     poll_hold: float = field(
         default=35.0,
         metadata=_about("seconds for which a request for a pending result is held", least=0.1, most=40.0),

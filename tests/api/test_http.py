@@ -524,10 +524,6 @@ def test_client_config_has_every_field_that_the_sdk_knows(raw: Raw) -> None:
     assert set(dynamic) == set(ClientDynamicConfigResponse.model_fields)
 
 
-def test_telemetry_is_accepted(raw: Raw) -> None:
-    assert raw.ok("telemetry", {"events": []}) == {"status": "accepted"}
-
-
 def test_a_client_behind_a_proxy_is_told_the_models_name_as_its_tokenizer(raw: Raw, run: str) -> None:
     near = raw.post("get_info", {"model_id": run}).json()["model_data"]["tokenizer_id"]
     far = raw.post("get_info", {"model_id": run}, headers={"X-Forwarded-For": "10.0.0.1"}).json()

@@ -45,6 +45,7 @@ TENANTS = {
     "limits",
     "trace_chunks",
     "uploads",
+    "telemetry",
 }
 
 # Statements that take no scope: they change one row by the id that a scoped lookup gave, or they are
@@ -59,6 +60,7 @@ UNSCOPED = {
     "samplers.next_clone",
     "uploads.finish", "uploads.old", "uploads.delete", "uploads.folders",
     "traces.keep_newest", "traces.drop_old",
+    "telemetry.add", "telemetry.count", "telemetry.keep_newest", "telemetry.drop_old",
     # Rows are held within the scope by the table of usage; what they are joined with are their own parents.
     "ledger.rows", "ledger.sums", "ledger.spans",
     "ledger.add", "ledger.begin_span", "ledger.end_span", "limits.drop",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tinsmith.wire.requests import HOUR, TEN_YEARS
 from tinsmith.wire.sample_request import MOST_SAMPLES
+from tinsmith.wire.telemetry import SEVERITIES
 
 from .schemas import (
     ANY,
@@ -250,7 +251,25 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         ),
     ),
     ("POST", "telemetry"): Operation(
-        "A client's events", "service", body=mapping(ANY), answer=record({"status": one_of("accepted")})
+        "A client's events", "service",
+        body=record(
+            {
+                "session_id": text(longest=128),
+                "events": array(
+                    record(
+                        {
+                            "event": text(longest=64),
+                            "event_id": text(longest=64),
+                            "event_session_index": INTEGER,
+                            "severity": one_of(*SEVERITIES),
+                            "timestamp": TIME,
+                        }
+                    )
+                ),
+            },
+            {"sdk_version": STRING, "platform": STRING, "process_uuid": STRING},
+        ),
+        answer=record({"status": one_of("accepted")}),
     ),
     ("GET", "status"): Operation("Figures for the operator", "service", answer=record({"ready": BOOLEAN})),
     # Identity

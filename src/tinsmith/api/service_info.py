@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from tinsmith.service.errors import Forbidden, Unauthorized
 from tinsmith.service.service import Service
+from tinsmith.wire.telemetry import TelemetryBatch
 
 from .http import Call, authenticate, error_response, json_response, service_error
 
@@ -93,8 +94,8 @@ async def capabilities(call: Call) -> Response:
 
 
 async def telemetry(call: Call) -> Response:
-    """Taken and thrown away: what users do is nobody else's business."""
-    await call.body()
+    """Events that a client sends by itself. An exception's text may be anything that a text can be."""
+    call.service.telemetry.take(call.caller.who, TelemetryBatch.read(await call.fields(halves=True)))
     return json_response({"status": "accepted"})
 
 

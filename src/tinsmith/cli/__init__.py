@@ -9,7 +9,22 @@ from collections.abc import Sequence
 from tinsmith import __version__
 from tinsmith.settings import SettingsError
 
-from . import audit, backup, checkpoints, keys, limits, model, org, project, serve, status, team, usage, user
+from . import (
+    audit,
+    backup,
+    checkpoints,
+    keys,
+    limits,
+    model,
+    org,
+    project,
+    serve,
+    status,
+    team,
+    telemetry,
+    usage,
+    user,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage,
         status,
         audit,
+        telemetry,
         model,
         checkpoints,
         backup,

@@ -11,17 +11,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from tinsmith.service.administration import Administration
 from tinsmith.service.audit import Actor
 from tinsmith.service.key_administration import KeyAdministration
 from tinsmith.service.limit_administration import LimitAdministration
 from tinsmith.service.named import AdminError
-from tinsmith.store import Store
+from tinsmith.store import Connection, Store
 
 from .options import add_settings, read_settings
 
+T = TypeVar("T")
 Actions: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
@@ -35,7 +36,12 @@ class Office:
         self.people = Administration(store, actor)
         self.keys = KeyAdministration(store, actor)
         self.limits = LimitAdministration(store, actor)
+        self._store = store
         self._as_json = as_json
+
+    def read(self, work: Callable[[Connection], T]) -> T:
+        """What `work` finds in the database."""
+        return self._store.write_now(work)
 
     def org(self, wanted: str | None) -> str:
         """The id of the organization that is meant; where there is only one it need not be named."""
@@ -146,7 +152,8 @@ def _cell(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
-        return ", ".join(str(item) for item in value) or "-"
+        return ", ".join(_cell(item) for item in value) or "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value)
+    # Texts of users must not move the cursor, or look like rows of their own.
+    return "".join(letter if letter.isprintable() else " " for letter in str(value))

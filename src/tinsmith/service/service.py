@@ -32,6 +32,7 @@ from .samplers import Samplers
 from .sampling import Sampling, is_sample
 from .sessions import Sessions
 from .signing import Signer
+from .telemetry import Telemetry
 from .timelines import Timelines
 from .training import Training
 from .uploads import Uploads
@@ -62,6 +63,7 @@ class Service:
         self.external = External(self.context, self.catalog, signer, self.audit)
         self.uploads = Uploads(self.context, self.sessions, signer)
         self.billing = Billing(self.context)
+        self.telemetry = Telemetry(store, settings.telemetry_ttl, settings.telemetry_events)
         self.metrics = Metrics()
         self._engine_status: dict[str, object] = {}
         self._began = time.monotonic()
@@ -192,6 +194,7 @@ class Service:
         settings = self.context.settings
         await self.context.traces.sweep(settings.trace_ttl, settings.trace_limit)
         await self.timelines.sweep()
+        await self.telemetry.sweep()
         store, blobs = self.context.store, self.context.blobs
         before = time.time() - self.context.settings.result_ttl
         keys = await store.write(lambda connection: commands.drop_results(connection, before))

@@ -290,6 +290,31 @@ trace_chunks = Table(
     Index(None, "written_at"),
 )
 
+# What clients told of themselves. The session need not be one of ours, and may be said to be anybody's.
+telemetry = Table(
+    "telemetry",
+    metadata,
+    Column("pk", RowId, primary_key=True),
+    Column("org_id", ForeignKey("organizations.id"), nullable=False),
+    Column("user_id", String(64), nullable=False),
+    Column("key_id", String(64), nullable=False),
+    Column("session_id", String(128), nullable=False),
+    Column("process", String(64)),
+    Column("sdk_version", String(64), nullable=False),
+    Column("platform", String(64), nullable=False),
+    Column("received_at", Float, nullable=False),
+    Column("event_id", String(64), nullable=False),
+    Column("place", BigInteger, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("type", String(64), nullable=False),
+    Column("name", String(256)),
+    Column("severity", String(16), nullable=False),
+    Column("details", Text, nullable=False),  # whatever else the event has, a JSON object
+    UniqueConstraint("org_id", "session_id", "event_id"),
+    Index(None, "org_id", "pk"),
+    Index(None, "received_at"),
+)
+
 sampling_sessions = Table(
     "sampling_sessions",
     metadata,
