@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tinsmith.engine.kernels import elementwise, gpu, linear
 from tinsmith.engine.model.attention import PADDING
-from tinsmith.engine.model.errors import ModelError
+from tinsmith.engine.model.errors import ModelError, short
 from tinsmith.engine.model.experts import expert_slots, experts_forward
 from tinsmith.engine.model.fused import fuse
 from tinsmith.engine.model.loading import fingerprint, load
@@ -25,6 +26,7 @@ from tinsmith.engine.model.lora import GateLinear, Group, LoraLinear, Slot
 from tinsmith.engine.model.packing import Pass, Segment, current_pass, running
 from tinsmith.engine.model.recomputing import make_recomputable
 from tinsmith.engine.model.recurrent import find_mixers, take_apart
+from tinsmith.engine.model.unembed import Unembedding, find_unembedding
 from tinsmith.engine.model.vision import Expanded, NoImages, Vision, Visual, sees
 from tinsmith.wire.images import ImageChunk
 from tinsmith.wire.training import ContentError
@@ -178,7 +180,9 @@ class BaseModel:
         self.eos_token_ids = _eos(self.module, self.tokenizer)
         self.parameters = sum(p.numel() for p in self.module.parameters())
         self.nbytes = sum(p.numel() * p.element_size() for p in self.module.parameters())
-        self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self._unembed: Unembedding = self._head
+        if device.type != "meta":
+            self._find_unembedding()
 
     @property
     def apart(self) -> bool:
@@ -281,10 +285,26 @@ class BaseModel:
     def logits(self, hidden: Tensor, this: Pass) -> Tensor:
         """hidden: [n, hidden] of the rows in `this`, n padded -> [n, vocab] in its dtype."""
         with running(this):
-            logits: Tensor = self._head(hidden)
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+            return self._unembed(hidden)
+
+    def _find_unembedding(self) -> None:
+        ids = torch.arange(PADDING.rows, device=self.device) % self.vocab_size
+        try:
+            with self._transformers_attention(), running(Pass([Segment(0, len(ids), None)])):
+                self._unembed = find_unembedding(self.module, self._body, ids)
+        except Exception as error:
+            raise ModelError(
+                f"{self.name}: {type(self.module).__name__} cannot be run here: {short(error)}"
+            ) from error
+
+    @contextmanager
+    def _transformers_attention(self) -> Iterator[None]:
+        """Attention by transformers' own code, inside."""
+        self._text.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self._text.set_attn_implementation("eager" if self.generic else "tinsmith")
 
     @staticmethod
     def log_softmax(logits: Tensor) -> Tensor:
@@ -297,41 +317,40 @@ class BaseModel:
         """Final hidden states [n, hidden] of one sequence, int64 [n], through transformers' own attention
         and recurrence, without adapters; an empty `cache` is filled. `noise` [n, hidden] is by how much of
         themselves the embeddings are changed."""
-        self._text.set_attn_implementation("eager")
-        try:
-            positions = torch.arange(len(token_ids), device=self.device)
-            with running(Pass([Segment(0, len(token_ids), None)])):
-                embedded = self._embed(token_ids.unsqueeze(0))
-                if noise is not None:
-                    embedded = embedded + embedded * noise.to(embedded)
-                out = self._body(
-                    inputs_embeds=embedded,
-                    position_ids=positions.unsqueeze(0),
-                    past_key_values=cache,
-                    use_cache=cache is not None,
-                )
-        finally:
-            self._text.set_attn_implementation("eager" if self.generic else "tinsmith")
+        positions = torch.arange(len(token_ids), device=self.device)
+        with self._transformers_attention(), running(Pass([Segment(0, len(token_ids), None)])):
+            embedded = self._embed(token_ids.unsqueeze(0))
+            if noise is not None:
+                embedded = embedded + embedded * noise.to(embedded)
+            out = self._body(
+                inputs_embeds=embedded,
+                position_ids=positions.unsqueeze(0),
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         hidden: Tensor = out.last_hidden_state
         return hidden[0]
+
+    def plain_logits(self, token_ids: Tensor) -> Tensor:
+        """As `plain`, by all of transformers' model from ids to logits [n, vocab]."""
+        with self._transformers_attention(), running(Pass([Segment(0, len(token_ids), None)])):
+            out = self.module(input_ids=token_ids.unsqueeze(0), use_cache=False)
+        logits: Tensor = out.logits
+        return logits[0]
 
     def plain_with_image(
         self, token_ids: Tensor, kinds: Tensor, pixels: Tensor, grid: tuple[int, int, int]
     ) -> Tensor:
         """As `plain`, by all of transformers' model: kinds int64 [n] is 1 at an image's placeholders, whose
         patches are pixels [patches, values] in the shape of `grid`."""
-        self._text.set_attn_implementation("eager")
-        try:
-            with running(Pass([Segment(0, len(token_ids), None)])):
-                out = self.module.base_model(
-                    input_ids=token_ids.unsqueeze(0).to(self.device),
-                    mm_token_type_ids=kinds.unsqueeze(0).to(self.device),
-                    pixel_values=pixels.to(self.device),
-                    image_grid_thw=torch.tensor([grid], device=self.device),
-                    use_cache=False,
-                )
-        finally:
-            self._text.set_attn_implementation("eager" if self.generic else "tinsmith")
+        with self._transformers_attention(), running(Pass([Segment(0, len(token_ids), None)])):
+            out = self.module.base_model(
+                input_ids=token_ids.unsqueeze(0).to(self.device),
+                mm_token_type_ids=kinds.unsqueeze(0).to(self.device),
+                pixel_values=pixels.to(self.device),
+                image_grid_thw=torch.tensor([grid], device=self.device),
+                use_cache=False,
+            )
         hidden: Tensor = out.last_hidden_state
         return hidden[0]
 

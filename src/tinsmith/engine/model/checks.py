@@ -79,6 +79,8 @@ def _disagreement(model: BaseModel) -> str:
                     )
                 if near.differs(model.plain(text.to(model.device)), ours):
                     return "has an attention or a recurrence that differs from this server's"
+                if near.differs(_logits(model, ours), model.plain_logits(text.to(model.device))):
+                    return "makes logits of tokens in a way that differs from this server's"
         if model.generic:
             held = _held(model)
             _continued(model, first)
@@ -186,6 +188,13 @@ def _hidden(model: BaseModel, texts: list[Tensor]) -> Tensor:
     recurrent = PackedRecurrence(segments, spans, model.device) if model.apart else None
     this = Pass(segments, PackedSequences(spans, rows, model.device, model.dtype), recurrent)
     return model.hidden(ids.to(model.device), positions.to(model.device), this)[:at]
+
+
+def _logits(model: BaseModel, hidden: Tensor) -> Tensor:
+    """Logits [n, vocab] of hidden states [n, hidden]."""
+    n = len(hidden)
+    padded = torch.nn.functional.pad(hidden, (0, 0, 0, pad_rows(n) - n))
+    return model.logits(padded, Pass([Segment(0, len(padded), None)]))[:n]
 
 
 class _Near:
