@@ -82,7 +82,10 @@ class TestSpans:
             assert theirs.grad is not None
             assert relative(mine.grad, theirs.grad) < 4 * near
 
-    def test_pages_chunks_and_threads_change_no_bit(self, shape: tuple, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("before", [0.0, float("nan")], ids=["fresh pages", "pages of a broken sequence"])
+    def test_pages_chunks_and_threads_change_no_bit(
+        self, shape: tuple, dtype: torch.dtype, before: float
+    ) -> None:
         _, kv, dk, dv, window, _ = shape
         n = 200
         q, k, v, sinks = inputs(shape, dtype, n)
@@ -91,8 +94,8 @@ class TestSpans:
         with threads(2):
             again = kernel.SpanAttention.apply(q, k, v, kernel.Spans([(0, n)]), 0.2, window, sinks)
         assert torch.equal(whole, again)
-        keys = torch.zeros(12, kv, dk, PAGE, dtype=dtype)
-        values = torch.zeros(12, kv, PAGE, round_up(dv, kernel.VALUE_PAD), dtype=dtype)
+        keys = torch.full((12, kv, dk, PAGE), before, dtype=dtype)
+        values = torch.full((12, kv, PAGE, round_up(dv, kernel.VALUE_PAD)), before, dtype=dtype)
         mine, other = [7, 2, 11, 4], [1, 3, 5, 6]
         start = 0
         for count in (63, 1, 1, 30, 1, n - 96):

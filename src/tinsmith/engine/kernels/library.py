@@ -35,7 +35,7 @@ _SOURCES = [
         "program.cpp",
     )
 ]
-_HEADERS = [_HERE / name for name in ("product.h", "tiles.h", "vector.h")]
+_HEADERS = [_HERE / name for name in ("attend.h", "linear.h", "product.h", "team.h", "tiles.h", "vector.h")]
 _FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
 
 

@@ -1,25 +1,22 @@
 // A model's way from embedded tokens to final hidden states as a list of instructions, carried out without a word of
-// Python between them. What each does is what the kernel of its name does; rows go to the same thread from one
-// row's instruction to the next, so that threads wait for each other only around products and attention.
+// Python between them. What each does is what the kernel of its name does. Instructions that take each row by itself
+// are one phase as long as they follow each other: whoever takes some rows takes them through all of those.
 
-#include "product.h"
+#include "linear.h"
 
 #if TINSMITH_PAIRS
 
 #include <omp.h>
-#include <vector>
+#include <optional>
 
-#include "vector.h"
+#include "attend.h"
+#include "team.h"
 
 extern "C" {
-void linear_team(const void*, int64_t, int64_t, const void*, int64_t, uint16_t*, int, int);
-int64_t linear_scratch(const void*, int64_t, const void*, int64_t);
 void norm_forward_bf16(const void*, const void*, void*, float*, int64_t, int64_t, int64_t, float, int, int);
 void gate_forward_bf16(const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int);
 void rotate_bf16(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                  int64_t, int64_t, int, int);
-void paged_bf16(const void*, const void*, const void*, void*, void*, void*, const int*, int, const int*, const int64_t*,
-                int, int, int, int, float, int, const float*, int);
 }
 
 namespace {
@@ -82,53 +79,91 @@ void some_rows(const int64_t* op, int64_t first, int64_t last) {
   }
 }
 
-void attention(const int64_t* op, const Step& step) {  // q, k, v, out, pages of keys and values, strides, dims, ...
-  paged_bf16((const void*)op[1], (const void*)op[2], (const void*)op[3], (void*)op[4], (void*)op[5], (void*)op[6],
-             step.chunks, (int)step.chunk_count, step.pages, op + 7, (int)op[13], (int)op[14], (int)op[15], (int)op[16],
-             number(op[17]), (int)op[18], (const float*)op[19], (int)step.threads);
+// q, k, v, out, pages of keys and values, strides, heads, heads of keys, their sizes, scale, window, sinks
+template <bool DOT>
+Paged<bf16, DOT> attention(const int64_t* op, const Step& step) {
+  const Layout at = {op[7], op[8], op[9], op[10], op[11], op[12]};
+  return {(const bf16*)op[1], (const bf16*)op[2], (const bf16*)op[3], (bf16*)op[4], (bf16*)op[5], (bf16*)op[6],
+          step.chunks, step.pages, (int)step.chunk_count, at, (int)op[13], (int)op[14], (int)op[15], (int)op[16],
+          number(op[17]), (int)op[18], (const float*)op[19]};
 }
 
-// Instructions without attention among them, by all threads of a team.
-void between(const int64_t* code, int64_t count, const Step& step, u16* scratch) {
-  const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  const int64_t first = step.rows * thread / threads, last = step.rows * (thread + 1) / threads;
-  bool apart = false;  // whether threads have gone on without waiting
+// What is done between one waiting of the threads for each other and the next.
+struct Stage {
+  const int64_t* code;
+  int64_t count;  // of instructions, all of which take each row by itself, or one
+  Linears linears = {};
+  std::optional<Paged<bf16, true>> dots = {};  // attention, by either kind of product
+  std::optional<Paged<bf16, false>> plain = {};
+};
+
+constexpr int64_t PHASES = 2;  // of a stage at most
+
+template <bool DOT>
+void attend_together(const Paged<bf16, DOT>& call, Phases& phases, int64_t phase, int thread) {
+  phases.share(phase, call.puts(), thread, [&](int64_t task, int64_t) { call.put(task); });
+  const typename Paged<bf16, DOT>::Scratch room(call);
+  phases.share(phase + 1, call.tasks(), thread, [&](int64_t task, int64_t) { call.run(task, room); });
+}
+
+void work(const std::vector<Stage>& stages, const Step& step, Phases& phases, int thread) {
+  // Rows are shared out in pieces small enough that none has to wait long for the last.
+  const int64_t pieces = std::min<int64_t>(step.rows, step.threads == 1 ? 1 : 2 * step.threads);
+  for (size_t i = 0; i < stages.size(); i++) {
+    const Stage& stage = stages[i];
+    const int64_t phase = (int64_t)i * PHASES;
+    if (stage.dots) {
+      attend_together(*stage.dots, phases, phase, thread);
+    } else if (stage.plain) {
+      attend_together(*stage.plain, phases, phase, thread);
+    } else if (stage.code[0] == LINEAR) {
+      phases.share(phase, stage.linears.chain_tasks(), thread, [&](int64_t task, int64_t) { stage.linears.chain(task); });
+      phases.share(phase + 1, stage.linears.tiles(), thread,
+                   [&](int64_t task, int64_t next) { stage.linears.run(task, next); });
+    } else {
+      phases.share(phase, pieces, thread, [&](int64_t piece, int64_t) {
+        for (int64_t k = 0; k < stage.count; k++)
+          some_rows(stage.code + k * FIELDS, step.rows * piece / pieces, step.rows * (piece + 1) / pieces);
+      });
+    }
+  }
+}
+
+std::vector<Stage> stages_of(const int64_t* code, int64_t count, const Step& step) {
+  std::vector<Stage> stages;
   for (int64_t i = 0; i < count; i++) {
     const int64_t* op = code + i * FIELDS;
-    if (op[0] != LINEAR) {
-      if (first < last) some_rows(op, first, last);
-      apart = true;
+    const bool by_row = op[0] != LINEAR && op[0] != ATTENTION;
+    if (by_row && !stages.empty() && stages.back().code[0] != LINEAR && stages.back().code[0] != ATTENTION) {
+      stages.back().count++;
       continue;
     }
-    if (apart) {
-#pragma omp barrier
+    stages.push_back({op, 1});
+    Stage& stage = stages.back();
+    if (op[0] == LINEAR) {
+      stage.linears = {(const Product*)op[1], op[2], step.rows, (const Segment*)step.segments, step.segment_count};
+      stage.linears.prepare();
+    } else if (op[0] == ATTENTION) {
+      choose<bf16>((int)op[15], [&](auto dot) {
+        if constexpr (dot) stage.dots = attention<true>(op, step), stage.dots->prepare();
+        else stage.plain = attention<false>(op, step), stage.plain->prepare();
+      });
     }
-    linear_team((const void*)op[1], op[2], step.rows, step.segments, step.segment_count, scratch, thread, threads);
-    apart = false;
   }
+  return stages;
 }
 
 }  // namespace
 
 extern "C" void program_run(const int64_t* code, int64_t count, const Step* step) {
-  int64_t need = 0;
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t* op = code + i * FIELDS;
-    if (op[0] == LINEAR)
-      need = std::max(need, linear_scratch((const void*)op[1], op[2], step->segments, step->segment_count));
-  }
-  std::vector<u16> scratch(need);
-  for (int64_t i = 0; i < count;) {
-    if (code[i * FIELDS] == ATTENTION) {
-      attention(code + i++ * FIELDS, *step);
-      continue;
-    }
-    int64_t stop = i;
-    while (stop < count && code[stop * FIELDS] != ATTENTION) stop++;
+  std::vector<Stage> stages = stages_of(code, count, *step);
+  int64_t size = 0;
+  for (const Stage& stage : stages) size = std::max(size, stage.linears.size);
+  std::vector<u16> scratch(size);
+  for (Stage& stage : stages) stage.linears.use(scratch.data());
+  Phases phases((int64_t)stages.size() * PHASES, (int)step->threads);
 #pragma omp parallel num_threads((int)step->threads)
-    between(code + i * FIELDS, stop - i, *step, scratch.data());
-    i = stop;
-  }
+  work(stages, *step, phases, omp_get_thread_num());
 }
 
 #endif
