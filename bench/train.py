@@ -1,6 +1,6 @@
 """Training throughput in the engine against transformers + PEFT, and peak memory of a step.
 
-    python bench/train.py [--quick] [--json FILE]
+    python bench/train.py [--quick] [--only CASE ...] [--json FILE]
 
 A Qwen3-shaped model of 33.6 M parameters in bf16, LoRA of rank 32 on every linear layer; a step is forward,
 backward and AdamW. First one run, then eight runs with 128 tokens each, together in the engine and one after
@@ -30,6 +30,7 @@ CASES = {
 }
 WANTED = {"8 x 512": 2.0, "2 x 2048": 2.0, "ragged 16..1024": 4.0}
 MANY = "8 runs of 1 x 128"
+IDLE = "beside idle"  # one run of 128 tokens, alone and beside seven idle ones
 HIDDEN, LAYERS, INNER, VOCAB = 512, 8, 1536, 8192
 LINEAR = [(512, 512), (512, 256), (512, 256), (512, 512), (512, INNER), (512, INNER), (INNER, 512)] * LAYERS
 
@@ -142,6 +143,8 @@ def measure(side: str, case: str, folder: Path, runs: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the first case only, fewer runs")
+    names = [*CASES, MANY, IDLE]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}")
     parser.add_argument("--json", type=Path, help="where to write the targets")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -155,13 +158,14 @@ def main() -> None:
         print("RESULT", *numbers, peak_memory() - before)
         return
     runs = 3 if args.quick else 5
+    chosen = args.only or [*list(CASES)[: 1 if args.quick else None], MANY, IDLE]
     rate, copied = gemm_rate(torch.bfloat16), copy_rate()
     rows = [("step", "ours tok/s", "PEFT tok/s", "ratio", "floor tok/s", "of floor")]
     memory = [("step", "ours MB", "PEFT MB", "needed MB", "ours / needed")]
     targets: list[Target] = []
     with tempfile.TemporaryDirectory() as name:
         folder = make_model(Path(name))
-        for case in [*list(CASES)[: 1 if args.quick else None], MANY]:
+        for case in [each for each in chosen if each != IDLE]:
             lengths = CASES.get(case, [128] * 8)
             tokens = sum(lengths)
             (mine, peak), (theirs, their_peak) = (measure(s, case, folder, runs) for s in ("ours", "peft"))
@@ -189,16 +193,18 @@ def main() -> None:
             if case == "8 x 512":
                 name = f"memory of a step, {case}: times what is needed"
                 targets.append(Target(5, name, 1.3, peak / need, most=True))
-        alone, beside, _ = measure("one", MANY, folder, runs)
-        name = "train, one run beside seven idle ones: times alone"
-        targets.append(Target(2, name, 1.03, beside / alone, most=True))
+        if IDLE in chosen:
+            alone, beside, _ = measure("one", MANY, folder, runs)
+            name = "train, one run beside seven idle ones: times alone"
+            targets.append(Target(2, name, 1.03, beside / alone, most=True))
+            idle = f"{alone * 1e3:.1f} ms alone, {beside * 1e3:.1f} ms beside seven idle ones"
     print(machine())
     print(f"bf16 GEMM {rate / 1e9:.0f} GFLOP/s, copy {copied / 1e9:.1f} GB/s read and written\n")
-    print(table(rows) + "\n")
-    print(table(memory) + "\n")
-    print(
-        f"One run of 128 tokens: {alone * 1e3:.1f} ms alone, {beside * 1e3:.1f} ms beside seven idle ones\n"
-    )
+    for found in (rows, memory):
+        if len(found) > 1:
+            print(table(found) + "\n")
+    if IDLE in chosen:
+        print(f"One run of 128 tokens: {idle}\n")
     print(Target.table(targets))
     write(args.json, targets)
 
