@@ -37,6 +37,7 @@ from tinsmith.engine.commands import (
 from tinsmith.engine.engine import Engine
 from tinsmith.engine.memory import Budget
 from tinsmith.engine.model.base import ModelError
+from tinsmith.engine.optimizers.clipping import gradient_norm
 
 Folder = Callable[[str], Path]
 MODEL = "tests/tiny"
@@ -98,6 +99,15 @@ class TestRuns:
         assert first.usage == {"train": 87}
         assert second.payload["metrics"]["unclipped_grad_l2:mean"] > 0  # type: ignore[index]
         assert probe(engine, "r") != before
+
+    def test_the_norm_that_is_known_is_that_of_all_that_is_accumulated(self, engine: Engine) -> None:
+        """With gradients of one request, and with a second one's added to them."""
+        ok(engine, CreateAdapter("r", MODEL, SPEC))
+        for count in (1, 2):
+            ok(engine, *(step_of("r", i)[0] for i in range(count)))
+            expected = gradient_norm(engine.runs["r"].live.gradient)  # type: ignore[arg-type]
+            (reply,) = ok(engine, OptimStep("r", 9, AdamParams()))
+            assert reply.payload == {"metrics": {"unclipped_grad_l2:mean": expected}}
 
     def test_an_optimizer_step_with_nothing_accumulated_changes_nothing(self, engine: Engine) -> None:
         ok(engine, CreateAdapter("r", MODEL, SPEC), *step_of("r", 1))

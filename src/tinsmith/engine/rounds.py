@@ -135,7 +135,7 @@ class Rounds:
                 job.answer(Failed(str(error)))
                 continue
             if job.gradients is not None:
-                run.accumulate(job.gradients)
+                run.accumulate(job.gradients, job.norm)
                 self.residents.make_room(keep=run.name)
             self.metrics.tokens["train"] += job.tokens
             job.answer(Done(payload, {"train": job.tokens}, {"started": job.started}))

@@ -67,9 +67,11 @@ class Run:
     waiting: deque[tuple[RunCommand, Answer]] = field(default_factory=deque)
     jobs: deque[TrainingJob] = field(default_factory=deque)  # forward_backwards under way, in seq order
     spilled: str | None = None
+    held: bool = False  # by a command that waits for files
     used: int = 0  # the engine's clock when it was last needed
     share: Share = field(default_factory=Share)
     _weights: AdapterWeights | None = None
+    _norm: float | None = None  # of the accumulated gradient, where it is known
 
     @classmethod
     def create(cls, name: str, model: BaseModel, spec: LoraSpec, optimizer: Family = "adamw") -> Run:
@@ -83,6 +85,11 @@ class Run:
         return self.state
 
     @property
+    def busy(self) -> bool:
+        """Whether there is anything that is not answered."""
+        return bool(self.waiting or self.jobs or self.held)
+
+    @property
     def weights(self) -> AdapterWeights:
         """The current weights as the model computes with them; made once per optimizer step."""
         if self._weights is None:
@@ -91,7 +98,7 @@ class Run:
 
     def replace(self, state: State | None) -> None:
         """Take `state` for the run's own."""
-        self.state = state
+        self.state, self._norm = state, None
         self._outdate()
 
     def _outdate(self) -> None:
@@ -100,13 +107,14 @@ class Run:
             self._weights.rest()
         self._weights = None
 
-    def accumulate(self, gradients: Gradients) -> None:
-        """Add one request's gradients."""
+    def accumulate(self, gradients: Gradients, norm: float | None = None) -> None:
+        """Add one request's gradients, of this norm if that is known."""
         state = self.live
         if state.gradient is None:
-            state.gradient = gradients.flat
+            state.gradient, self._norm = gradients.flat, norm
         else:
             state.gradient += gradients.flat
+            self._norm = None
 
     def optimize(self, params: AdamParams | DimuonParams) -> dict[str, float]:
         """One optimizer step; with nothing accumulated nothing changes. Returns metrics. Raises ContentError
@@ -122,7 +130,7 @@ class Run:
         first = state.first if state.first is not None else torch.zeros_like(state.params)
         if isinstance(params, AdamParams):
             second = state.second if state.second is not None else torch.zeros_like(state.params)
-            norm = adamw(state.params, state.gradient, first, second, state.step + 1, params)
+            norm = adamw(state.params, state.gradient, first, second, state.step + 1, params, self._norm)
             state.second = second
         else:
             norm = dimuon(self.layout, state.params, state.gradient, first, params)

@@ -89,6 +89,7 @@ class TrainingJob:
         self.refusal = ""
         self.metrics: list[Mapping[str, float]] = []  # of each datum, where the loss has any
         self.gradients = None if self.forward_only else Gradients(self.layout, self.model.device)
+        self.norm: float | None = None  # of the gradients, once they are whole
 
     @property
     def done(self) -> bool:
@@ -100,9 +101,9 @@ class TrainingJob:
         if self.refusal:
             raise ContentError(f"{self.refusal}. Nothing was accumulated")
         total = math.fsum(self.loss_sums)
-        if not math.isfinite(total) or (
-            self.gradients is not None and not math.isfinite(gradient_norm(self.gradients.flat))
-        ):
+        if self.gradients is not None and math.isfinite(total):
+            self.norm = gradient_norm(self.gradients.flat)
+        if not math.isfinite(total) or not math.isfinite(self.norm or 0.0):
             raise ContentError(
                 f"the {self.loss.name} loss or its gradient is not finite ({total}); check 'logprobs', "
                 "'advantages' and 'weights' for values that overflow. Nothing was accumulated"

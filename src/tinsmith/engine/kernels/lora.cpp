@@ -167,37 +167,85 @@ struct Pack {
   u32 *a_turned, *b_turned, *b_plain, *a_plain;
 };
 
+inline __mmask16 first_lanes(int64_t n) { return n >= LANES ? (__mmask16)0xffff : (__mmask16)((1u << n) - 1); }
+
+// to[c][r] = from[r][c], for r < rows and c < columns, 16 of each at most
+inline void turn(const u32* from, int64_t ldf, u32* to, int64_t ldt, int64_t rows, int64_t columns) {
+  __m512i x[16], y[16];
+  const __mmask16 wide = first_lanes(columns), high = first_lanes(rows);
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r++) x[r] = r < rows ? _mm512_maskz_loadu_epi32(wide, from + r * ldf) : _mm512_setzero_si512();
+#pragma GCC unroll 8
+  for (int r = 0; r < 16; r += 2) {
+    y[r] = _mm512_unpacklo_epi32(x[r], x[r + 1]);
+    y[r + 1] = _mm512_unpackhi_epi32(x[r], x[r + 1]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 16; r += 4)  // x[r + i] has column 4 l + i of rows r to r + 3 in its part l
+    for (int i = 0; i < 2; i++) {
+      x[r + 2 * i] = _mm512_unpacklo_epi64(y[r + i], y[r + 2 + i]);
+      x[r + 2 * i + 1] = _mm512_unpackhi_epi64(y[r + i], y[r + 2 + i]);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);            // parts 0 and 2 of rows 0 to 7
+    y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);        // parts 1 and 3
+    y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);   // the same of rows 8 to 15
+    y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
+    x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
+    x[4 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
+    x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < 16; c++)
+    if (c < columns) _mm512_mask_storeu_epi32(to + c * ldt, high, x[c]);
+}
+
+// to[i] = even[i], odd[i] as a pair, 16 at most
+inline void pair_up(u32* to, const u16* even, const u16* odd, int64_t n) {
+  const __mmask16 m = first_lanes(n);
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, even));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, odd));
+  _mm512_mask_storeu_epi32(to, m, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
 // Columns [c, c + wide) of A.
 void pack_a(const Pack& p, int64_t c, int64_t wide, int64_t rank, int64_t padded, u16* band) {
-  const int64_t stride = (p.in + LANES - 1) / LANES * LANES;
+  const int64_t stride = (p.in + LANES - 1) / LANES * LANES, kept = std::min(BAND, stride - c);
   std::fill(band, band + padded * BAND, 0);
   for (int64_t r = 0; r < rank; r++) round_row(band + r * BAND, p.a + r * p.in + c, wide, 1.0f);
-  const u32* two = (const u32*)band;
-  for (int64_t k = 0; k < wide / 2; k++)
-    for (int64_t r = 0; r < padded; r++)
-      p.a_turned[panel_of(r, p.in / 2) + (c / 2 + k) * panel_stride(r, padded)] = two[r * (BAND / 2) + k];
+  for (int64_t r = 0; r < padded; r += LANES) {
+    const int64_t step = panel_stride(r, padded);
+    u32* to = p.a_turned + panel_of(r, p.in / 2) + c / 2 * step;
+    turn((const u32*)(band + r * BAND), BAND / 2, to, step, std::min<int64_t>(LANES, padded - r), wide / 2);
+  }
   if (p.a_plain)
     for (int64_t k = 0; k < padded / 2; k++) {
       const u16 *even = band + 2 * k * BAND, *odd = even + BAND;
-      for (int64_t i = 0; i < std::min(BAND, stride - c); i++)
-        p.a_plain[panel_of(c, padded / 2) + k * panel_stride(c, p.in) + i] = (u32)even[i] | (u32)odd[i] << 16;
+      u32* to = p.a_plain + panel_of(c, padded / 2) + k * panel_stride(c, p.in);
+      for (int64_t i = 0; i < kept; i += LANES) pair_up(to + i, even + i, odd + i, kept - i);
     }
 }
 
 // Rows [c, c + wide) of B.
 void pack_b(const Pack& p, int64_t c, int64_t wide, int64_t rank, int64_t padded, float scale, u16* band) {
-  const int64_t stride = (p.out + LANES - 1) / LANES * LANES;
+  const int64_t stride = (p.out + LANES - 1) / LANES * LANES, kept = std::min(BAND, stride - c);
   std::fill(band, band + padded * BAND, 0);
   for (int64_t r = 0; r < wide; r++) round_row(band + r * padded, p.b + (c + r) * rank, rank, scale);
-  const u32* two = (const u32*)band;
-  for (int64_t k = 0; k < padded / 2; k++)
-    for (int64_t i = 0; i < std::min(BAND, stride - c); i++)
-      p.b_turned[panel_of(c, padded / 2) + k * panel_stride(c, p.out) + i] = two[i * (padded / 2) + k];
+  const int64_t step = panel_stride(c, p.out);
+  for (int64_t k = 0; k < padded / 2; k += LANES)
+    for (int64_t i = 0; i < kept; i += LANES)
+      turn((const u32*)(band + i * padded) + k, padded / 2, p.b_turned + panel_of(c, padded / 2) + k * step + i, step,
+           std::min<int64_t>(LANES, kept - i), std::min<int64_t>(LANES, padded / 2 - k));
   if (p.b_plain)
     for (int64_t k = 0; k < wide / 2; k++) {
       const u16 *even = band + 2 * k * padded, *odd = even + padded;
-      for (int64_t r = 0; r < padded; r++)
-        p.b_plain[panel_of(r, p.out / 2) + (c / 2 + k) * panel_stride(r, padded)] = (u32)even[r] | (u32)odd[r] << 16;
+      for (int64_t r = 0; r < padded; r += LANES)
+        pair_up(p.b_plain + panel_of(r, p.out / 2) + (c / 2 + k) * panel_stride(r, padded), even + r, odd + r, padded - r);
     }
 }
 

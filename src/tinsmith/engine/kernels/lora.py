@@ -8,9 +8,11 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,6 +41,32 @@ second the scaled B^T (K = rank, N = out); backward the scaled B (K = out, N = r
 """
 
 
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where matrices lie once they are packed: of every slot those of the way forward and those of the way
+    back, in elements; and the same in bytes beside the matrices' own sides, as a table [slots, 6]."""
+
+    shapes: dict[str, tuple[int, int]]
+    offsets: dict[str, tuple[int, int, int, int]]
+    forward: int
+    backward: int
+    table: npt.NDArray[np.int64]
+
+
+@functools.lru_cache(maxsize=256)  # runs of one model and rank have the same
+def _places(slots: tuple[tuple[str, int, int], ...], padded: int) -> _Places:
+    shapes = {name: (inner, outer) for name, inner, outer in slots}
+    offsets: dict[str, tuple[int, int, int, int]] = {}
+    at = back = 0
+    for name, inner, outer in slots:
+        wide_in, wide_out = (-(-n // _COLUMNS) * _COLUMNS * padded for n in (inner, outer))
+        offsets[name] = (at, at + inner * padded, back, back + outer * padded)
+        at += inner * padded + wide_out
+        back += outer * padded + wide_in
+    rows = [(*shapes[name], *(2 * offset for offset in offsets[name])) for name in shapes]
+    return _Places(shapes, offsets, at, back, np.array(rows, np.int64).reshape(-1, 6))
+
+
 class Packs:
     """All plain matrices of an adapter, packed for the way forward and, where asked for, for the way back.
 
@@ -47,16 +75,10 @@ class Packs:
 
     def __init__(self, slots: Sequence[tuple[str, int, int]], padded: int, *, backward: bool) -> None:
         self.padded = padded
-        self.shapes = {name: (inner, outer) for name, inner, outer in slots}
-        self.offsets: dict[str, tuple[int, int, int, int]] = {}  # in elements, of either buffer
-        at = back = 0
-        for name, inner, outer in slots:
-            wide_in, wide_out = (-(-n // _COLUMNS) * _COLUMNS * padded for n in (inner, outer))
-            self.offsets[name] = (at, at + inner * padded, back, back + outer * padded)
-            at += inner * padded + wide_out
-            back += outer * padded + wide_in
-        self._forward = torch.empty(at, dtype=torch.bfloat16)
-        self._backward = torch.empty(back, dtype=torch.bfloat16) if backward else None
+        self._places = _places(tuple(slots), padded)
+        self.shapes, self.offsets = self._places.shapes, self._places.offsets
+        self._forward = torch.empty(self._places.forward, dtype=torch.bfloat16)
+        self._backward = torch.empty(self._places.backward, dtype=torch.bfloat16) if backward else None
 
     @property
     def nbytes(self) -> int:
@@ -64,11 +86,18 @@ class Packs:
 
     def fill(self, sources: Mapping[str, tuple[Tensor, Tensor]], rank: int, scale: float) -> None:
         """From A [rank, in] and B [out, rank] of every slot, fp32 and dense; B is multiplied by `scale`."""
-        table = np.empty((len(self.shapes), 8), np.int64)
-        for row, (name, (inner, outer)) in zip(table, self.shapes.items(), strict=True):
-            a, b = sources[name]
-            back = self.backward(name) or (0, 0)
-            row[:] = a.data_ptr(), b.data_ptr(), inner, outer, *self.forward(name), *back
+        pairs = [sources[name] for name in self.shapes]
+        self.fill_from(np.array([(a.data_ptr(), b.data_ptr()) for a, b in pairs], np.int64), rank, scale)
+
+    def fill_from(self, addresses: npt.NDArray[np.int64], rank: int, scale: float) -> None:
+        """The same from where A and B of every slot lie: [slots, 2]."""
+        table = np.zeros((len(self.shapes), 8), np.int64)
+        table[:, :2], table[:, 2:] = addresses, self._places.table
+        table[:, 4:6] += self._forward.data_ptr()
+        if self._backward is None:
+            table[:, 6:] = 0
+        else:
+            table[:, 6:] += self._backward.data_ptr()
         kernels = library()
         assert kernels is not None
         kernels.lora_pack(

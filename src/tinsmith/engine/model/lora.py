@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,12 +76,16 @@ class Layout:
             self.ranges[slot.name] = (at, a, at + size_a, b)
             at += size_a + size_b
         self.size = at
+        self.plain = tuple(_packable(self.slots))  # what the CPU kernel takes: name, in, out
+        starts = [(self.ranges[name][0], self.ranges[name][2]) for name, _, _ in self.plain]
+        self.plain_starts = np.array(starts, np.int64).reshape(-1, 2)  # of their A and B, in the flat buffer
 
-    def views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """(A, B) of every slot as views of `flat`."""
+    def views(self, flat: Tensor, without: Container[str] = ()) -> dict[str, tuple[Tensor, Tensor]]:
+        """(A, B) of every slot, but for those `without`, as views of `flat`."""
         return {
             name: (flat[a : a + _numel(sa)].view(sa), flat[b : b + _numel(sb)].view(sb))
             for name, (a, sa, b, sb) in self.ranges.items()
+            if name not in without
         }
 
     def initialize(self) -> Tensor:
@@ -127,13 +131,13 @@ class AdapterWeights:
     _serials = itertools.count(1)
 
     def __init__(self, layout: Layout, flat: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        scale, rank, views = layout.spec.alpha / layout.spec.rank, layout.spec.rank, layout.views(flat)
+        scale, rank = layout.spec.alpha / layout.spec.rank, layout.spec.rank
         padding = pad_rows(rank) - rank
-        plain = _packable(layout.slots) if kernel.usable(device, dtype) else []
-        packs = kernel.Packs(plain, rank + padding, backward=True) if plain else None
-        if packs is not None:
-            packs.fill(views, rank, scale)
-        rest = {n: v for n, v in views.items() if packs is None or n not in packs.shapes}
+        packs = None
+        if layout.plain and kernel.usable(device, dtype):
+            packs = kernel.Packs(layout.plain, rank + padding, backward=True)
+            packs.fill_from(flat.data_ptr() + flat.element_size() * layout.plain_starts, rank, scale)
+        rest = layout.views(flat, without=() if packs is None else packs.shapes)
         a = {n: F.pad(x, (0, 0, 0, padding)).to(device, dtype) for n, (x, _) in rest.items()}
         b = {n: F.pad(x * scale, (0, padding)).to(device, dtype) for n, (_, x) in rest.items()}
         self._fill(a, b, packs, rank + padding)

@@ -15,12 +15,19 @@ from tinsmith.wire.training import ContentError
 
 @torch.no_grad()
 def adamw(
-    params: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, settings: AdamParams
+    params: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: int,
+    settings: AdamParams,
+    norm: float | None = None,
 ) -> float:
     """One step of torch.optim.AdamW, in place on flat fp32 `params`, `first` and `second` moments.
 
-    `step` counts from 1. `gradient` is clipped to the global norm first and may be left changed. Returns
-    the norm before clipping. Raises ContentError, with nothing changed, where a factor is beyond fp32.
+    `step` counts from 1. `gradient` is clipped to the global norm first and may be left changed; `norm` is
+    the one that it has, if that is known. Returns the norm before clipping. Raises ContentError, with nothing
+    changed, where a factor is beyond fp32.
     """
     decay = 1 - settings.learning_rate * settings.weight_decay
     rate = settings.learning_rate / (1 - settings.beta1**step)
@@ -30,15 +37,15 @@ def adamw(
             f"and eps {settings.eps} goes beyond fp32; use smaller ones"
         )
     correction = math.sqrt(1 - settings.beta2**step)
+    norm = gradient_norm(gradient) if norm is None else norm
     if kernel.usable(params):
-        norm = gradient_norm(gradient)
         kernel.adamw(
             params, gradient, first, second, scale=clip_coefficient(norm, settings.grad_clip_norm),
             decay=decay, betas=(settings.beta1, settings.beta2), eps=settings.eps, rate=rate,
             correction=correction,
         )  # fmt: skip
         return norm
-    norm = clip(gradient, settings.grad_clip_norm)
+    clip(gradient, norm, settings.grad_clip_norm)
     if params.device.type == "cuda":
         fused(params, gradient, first, second, step, settings)
         return norm

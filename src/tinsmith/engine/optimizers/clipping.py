@@ -22,10 +22,8 @@ def gradient_norm(gradient: Tensor) -> float:
     return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
 
 
-def clip(gradient: Tensor, limit: float) -> float:
-    """Clip a flat gradient in place to the norm `limit`. Returns the norm before."""
-    norm = gradient_norm(gradient)
+def clip(gradient: Tensor, norm: float, limit: float) -> None:
+    """Clip a flat gradient of this norm in place to the norm `limit`."""
     scale = clip_coefficient(norm, limit)
     if scale != 1.0:
         gradient.mul_(scale)
-    return norm

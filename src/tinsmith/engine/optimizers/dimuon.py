@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tinsmith.engine.commands import DimuonParams
 from tinsmith.engine.model.lora import Layout
-from tinsmith.engine.optimizers.clipping import clip
+from tinsmith.engine.optimizers.clipping import clip, gradient_norm
 from tinsmith.wire.training import ContentError
 
 STEPS = 5
@@ -44,7 +44,8 @@ def dimuon(
             f"optimizer_params: learning_rate {settings.learning_rate} goes beyond fp32 at rank {rank}; use "
             "a smaller one"
         )
-    norm = clip(gradient, settings.grad_clip_norm)
+    norm = gradient_norm(gradient)
+    clip(gradient, norm, settings.grad_clip_norm)
     momentum.lerp_(gradient, 1 - settings.beta1)
     moments = layout.views(momentum)
     for name, (a, b) in layout.views(params).items():
