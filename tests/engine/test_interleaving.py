@@ -3,6 +3,7 @@ neither starves. Time is what a clock of the test's own says."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 
 from tests.engine.test_sampler import sample
 from tests.engine.tiny import request, tokens
+from tinsmith.engine import adapter_files, rounds, training
 from tinsmith.engine import engine as module
-from tinsmith.engine import rounds, training
 from tinsmith.engine.commands import (
     AdamParams,
     Command,
@@ -21,6 +22,7 @@ from tinsmith.engine.commands import (
     EngineConfig,
     Failed,
     ForwardBackward,
+    LoadState,
     LoraSpec,
     ModelSource,
     OptimStep,
@@ -35,7 +37,7 @@ from tinsmith.engine.rounds import PASS_ROWS, SHARED_PASS_ROWS, Rounds
 from tinsmith.engine.runs import Run
 
 Folder = Callable[[str], Path]
-ROW, DECODE, OPTIMIZE, SAVE = 0.0002, 0.005, 0.01, 0.3  # seconds of a trained row and of each step
+ROW, DECODE, OPTIMIZE = 0.0002, 0.005, 0.01  # seconds of a trained row and of each step
 
 
 class World:
@@ -43,6 +45,7 @@ class World:
 
     def __init__(self, folder: Path, tmp_path: Path, patch: pytest.MonkeyPatch, models: int = 1) -> None:
         self.time = 0.0
+        self.costs: dict[str, float] = {}  # seconds of a run's commands, where not OPTIMIZE
         self.events: list[tuple[str, float]] = []
         sources = tuple(ModelSource("m" if not i else f"m{i}", str(folder)) for i in range(models))
         config = EngineConfig(sources, str(tmp_path), device="cpu", dtype="fp32", memory=1 << 30)
@@ -52,7 +55,7 @@ class World:
         real = module.execute
 
         def execute(residents: object, run: Run, command: Command) -> Done:
-            self.spend(type(command).__name__, SAVE if isinstance(command, SaveState) else OPTIMIZE)
+            self.spend(type(command).__name__, self.costs.get(run.name, OPTIMIZE))
             return real(residents, run, command)  # type: ignore[arg-type]
 
         patch.setattr(module, "execute", execute)
@@ -171,17 +174,53 @@ def test_optimizer_steps_of_many_runs_are_made_in_pieces(world: World) -> None:
     assert len(pieces) <= 12 * OPTIMIZE / PIECE_SECONDS + 1, "and not one after the other"
 
 
-def test_a_run_that_saves_on_and_on_stops_neither_others_nor_samples(world: World) -> None:
-    world.create("saver", "other")
+def test_a_run_whose_commands_take_long_stops_neither_others_nor_samples(world: World) -> None:
+    world.create("slow", "other")
+    world.costs["slow"] = 0.3
     world.flood()
-    saves = world.tell(*(SaveState("saver", i, str(world.path / f"s{i}")) for i in range(10)))
+    slow = world.tell(*(OptimStep("slow", i, AdamParams()) for i in range(10)))
     trained = world.tell(backward("other", 1, [300, 300]), OptimStep("other", 2, AdamParams()))
     while len(trained) < 2:
         world.engine.step()
-    assert len(saves) <= 5, "one at most before each of the three, and one before and behind them"
+    assert len(slow) <= 5, "one at most before each of the three, and one before and behind them"
     for turn in world.turns():
-        kinds = [what for what, _ in turn]
-        assert kinds.count("SaveState") + kinds.count("pass") <= 1, "a decode step waits for one of them"
+        assert len([1 for _, cost in turn if cost >= 0.3]) <= 1, "a decode step waits for one of them"
+
+
+@pytest.mark.parametrize("what", ["save", "publish", "load"])
+def test_files_are_written_and_read_beside_the_work_of_others(
+    world: World, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    world.create("r", "other")
+    path = str(world.path / "state")
+    command: Command = SaveState("r", 1, path)
+    if what == "load":
+        _done(world, command)
+        command = LoadState("r", 2, path, optimizer=True)
+    elif what == "publish":
+        command = Publish("r", 1, "w", path)
+    slow, called = threading.Event(), threading.Event()
+    name = "read" if what == "load" else "write"
+    real = getattr(adapter_files, name)
+
+    def waiting(*args: object, **kwargs: object) -> object:
+        called.set()
+        assert slow.wait(30)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(adapter_files, name, waiting)
+    samples = world.flood()
+    own = world.tell(command, backward("r", 3, [20]))
+    others = world.tell(backward("other", 1, [20]), OptimStep("other", 2, AdamParams()))
+    while len(others) < 2 or len(samples) < 4:
+        world.engine.step()
+    assert called.is_set()
+    assert not own, "the run itself stands still"
+    assert world.engine.step()
+    slow.set()
+    while len(own) < 2:
+        world.engine.step()
+    assert all(isinstance(reply, Done) for reply in own), own
 
 
 def test_small_commands_of_several_runs_are_one_piece(world: World) -> None:

@@ -56,10 +56,11 @@ def write(
     optimizer: Family | None,
     gradients: bool,
     recipients: Sequence[Any] = (),
+    durable: bool = True,
 ) -> int:
     """Write a new folder at `path`, with the moments of the run's `optimizer` unless that is None, encrypted
-    to `recipients` if there are any; returns its size in bytes. Raises FolderError, and leaves nothing
-    then."""
+    to `recipients` if there are any, on the disk if `durable`; returns its size in bytes. Raises FolderError,
+    and leaves nothing then."""
     target = Path(path)
     if target.exists():
         raise FolderError(f"{path} exists already")
@@ -91,12 +92,14 @@ def write(
         (temporary / CONFIG).write_text(json.dumps(config, indent=2))
         if recipients:
             encryption.seal(temporary, recipients)
-        for file in temporary.iterdir():
+        for file in temporary.iterdir() if durable else ():
             sync(file)
-        sync(temporary)
+        if durable:
+            sync(temporary)
         size = sum(f.stat().st_size for f in temporary.iterdir())
         os.rename(temporary, target)
-        sync(target.parent)
+        if durable:
+            sync(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -7,12 +7,15 @@ are short. Nothing here waits or blocks but the work itself; a process (process.
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -55,7 +58,7 @@ from tinsmith.engine.model.lora import Layout
 from tinsmith.engine.model.vision import CACHE_BYTES
 from tinsmith.engine.residents import Residents
 from tinsmith.engine.rounds import Rounds
-from tinsmith.engine.run_commands import execute
+from tinsmith.engine.run_commands import Files, execute
 from tinsmith.engine.runs import Answer, Run
 from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.shares import Shares
@@ -66,6 +69,8 @@ log = logging.getLogger(__name__)
 
 JOBS_AHEAD = 16  # forward_backwards of one run that are decoded at a time
 PIECE_SECONDS = 0.05  # of commands between two sampling steps, but for what the last of them takes
+FILES_AT_ONCE = 2  # commands that write or read files beside the device's work
+FILES_WAIT = 0.01  # seconds that an engine with nothing else to do waits for them at a time
 RECENT = 0.5  # seconds after the last sampling step for which turns stay short
 
 
@@ -121,6 +126,10 @@ class Engine:
             for name, model in self.models.items()
         }
         self.now = now
+        self._threads = ThreadPoolExecutor(FILES_AT_ONCE, "files")
+        self._files: dict[
+            Future[Any], Callable[[Future[Any]], None]
+        ] = {}  # under way, and what is then to do
         self._sampled = -math.inf  # when the last sampling step ended
         self._passes_next = False  # whether training's last turn was one of commands
         self.rounds = Rounds(self.residents, self.shares, self.metrics, self.device.type, now)
@@ -189,7 +198,7 @@ class Engine:
             "samplers": len(self.snapshots.entries),
             "samplers_resident": sum(s.weights is not None for s in self.snapshots.entries.values()),
             "samples_pending": sum(s.pending for s in self._samplers.values()),
-            "commands_waiting": sum(len(r.waiting) + len(r.jobs) for r in self.runs.values()),
+            "commands_waiting": sum(len(r.waiting) + len(r.jobs) + r.held for r in self.runs.values()),
             "adapter_bytes": self.residents.nbytes,
             "adapter_budget_bytes": self.budget.adapters,
             "cache_budget_bytes": self.budget.cache,
@@ -244,9 +253,11 @@ class Engine:
                     sampler.cancel(command.request)
                 answer(Done({}))
             case ImportAdapter():
-                model = self._model(command.model)
-                payload = import_adapter(command.source, command.path, model, command.lora)
-                answer(Done(payload))
+                model, began = self._model(command.model), time.time()
+                source, path, spec = command.source, command.path, command.lora
+                self._leave(
+                    Files(lambda: import_adapter(source, path, model, spec), Done), command, answer, began
+                )
             case GetStatus():
                 answer(Done(self.status()))
             case _:
@@ -320,19 +331,47 @@ class Engine:
         """One cycle. True while there is more work."""
         self.residents.clock += 1
         done = self._cycle()
-        more = any(run.waiting or run.jobs for run in self.runs.values())
+        more = any(run.busy for run in self.runs.values()) or bool(self._files)
         more |= any(sampler.pending for sampler in self._samplers.values())
         if more and not done:
             # Whoever lacks time cannot use it now, for want of memory, say.
             self.shares.stand_aside()
-            self._cycle()
+            if not self._cycle() and self._files:
+                concurrent.futures.wait(self._files, FILES_WAIT, "FIRST_COMPLETED")
         return more
 
     def _cycle(self) -> bool:
         """A turn of training, and sampling for as long as that took. Whether anything was done."""
+        written = self._take_files()
         started = self.now()
         trained = self._train()
-        return self._sample_for(self.now() - started) or trained
+        return self._sample_for(self.now() - started) or trained or written
+
+    def _leave(
+        self, files: Files, command: Command, answer: Answer, began: float, run: Run | None = None
+    ) -> None:
+        """Have the rest of a command done in another thread. Its run stands still for so long."""
+        if run is not None:
+            run.held = True
+
+        def finish(future: Future[Any]) -> None:
+            if run is not None:
+                run.held = False
+            what = type(command).__name__ + ("" if run is None else f" of run {run.name}")
+            try:
+                reply: Reply = replace(files.finish(future.result()), times={"started": began})
+            except Exception as error:
+                reply = failed(what, error)
+            answer(reply)
+
+        self._files[self._threads.submit(files.work)] = finish
+
+    def _take_files(self) -> bool:
+        """Finish the commands whose files are there. Whether there were any."""
+        there = [future for future in self._files if future.done()]
+        for future in there:
+            self._files.pop(future)(future)
+        return bool(there)
 
     def _sample_for(self, seconds: float) -> bool:
         """Sampling steps of all models in turns, one at least of each. Whether there was any."""
@@ -382,7 +421,7 @@ class Engine:
 
     def _advance(self, run: Run) -> Command | None:
         """Carry out the next command of a run, if it is due; of a forward_backward a job is made."""
-        if not run.waiting or not self.shares.may(run.share.key):
+        if not run.waiting or run.held or not self.shares.may(run.share.key):
             return None
         command, answer = run.waiting[0]
         begins = isinstance(command, ForwardBackward)
@@ -395,7 +434,11 @@ class Engine:
             self.rounds.start(run, command, answer)
         else:
             try:
-                answer(replace(execute(self.residents, run, command), times={"started": began}))
+                found = execute(self.residents, run, command)
+                if isinstance(found, Files):
+                    self._leave(found, command, answer, began, run)
+                else:
+                    answer(replace(found, times={"started": began}))
             except Exception as error:
                 answer(failed(f"{type(command).__name__} of run {run.name}", error))
         if isinstance(command, ReleaseRun):

@@ -63,7 +63,7 @@ class Residents:
         idle_runs = [
             (r.used, r.name, True)
             for r in self.runs.values()
-            if r.state is not None and not r.waiting and not r.jobs and r.name != keep
+            if r.state is not None and not r.busy and r.name != keep
         ]
         snapshots = [
             (s.used, name, False)
@@ -82,9 +82,12 @@ class Residents:
                 return
 
     def put_away(self, run: Run) -> None:
-        """Write a run whole into a folder and let it leave memory. Raises FolderError."""
+        """Write a run whole into a folder and let it leave memory. The folder is of no use after the engine's
+        death, and so need not be on the disk. Raises FolderError."""
         path = str(self.snapshots.spill_dir / f"run-{uuid.uuid4().hex}")
-        adapter_files.write(path, run.model, run.layout, run.live, optimizer=run.optimizer, gradients=True)
+        adapter_files.write(
+            path, run.model, run.layout, run.live, optimizer=run.optimizer, gradients=True, durable=False
+        )
         run.spilled = path
         run.replace(None)
 

@@ -1,6 +1,10 @@
-"""The commands of a run that are carried out at once, between its forward_backwards."""
+"""The commands of a run that are carried out between its forward_backwards."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from tinsmith.engine import adapter_files
 from tinsmith.engine.commands import (
@@ -14,16 +18,26 @@ from tinsmith.engine.commands import (
 )
 from tinsmith.engine.encryption import read_recipients
 from tinsmith.engine.residents import Residents
-from tinsmith.engine.runs import Run
+from tinsmith.engine.runs import Run, State
 from tinsmith.wire.training import ContentError
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What a command leaves to another thread, since it waits for a disk rather than for the device: `work`,
+    which changes nothing but files, and `finish`, which takes what that returned and is the engine's own
+    again. The run stands still in between."""
+
+    work: Callable[[], Any]
+    finish: Callable[[Any], Done]
 
 
 def execute(
     residents: Residents,
     run: Run,
     command: OptimStep | SaveState | SaveExternal | LoadState | Publish | ReleaseRun,
-) -> Done:
-    """Raises ContentError, FolderError."""
+) -> Done | Files:
+    """Raises ContentError, FolderError; so does what it leaves."""
     match command:
         case OptimStep():
             residents.bring_back(run)
@@ -32,58 +46,63 @@ def execute(
             return Done({"metrics": metrics} if metrics else {})
         case SaveState():
             residents.bring_back(run)
-            size = adapter_files.write(
-                command.path,
-                run.model,
-                run.layout,
-                run.live,
-                optimizer=run.optimizer,
-                gradients=command.gradients,
-            )
-            return Done({"size_bytes": size})
+            return _written(run, command.path, optimizer=run.optimizer, gradients=command.gradients)
         case SaveExternal():
             recipients = read_recipients(command.recipients)
             residents.bring_back(run)
-            size = adapter_files.write(
-                command.path,
-                run.model,
-                run.layout,
-                run.live,
-                optimizer=None,
-                gradients=False,
-                recipients=recipients,
-            )
-            return Done({"size_bytes": size})
+            return _written(run, command.path, optimizer=None, gradients=False, recipients=recipients)
         case LoadState():
-            spec, _ = adapter_files.read_spec(command.path, run.model)
-            _same_shape(run, spec)
-            if command.optimizer:
-                _same_optimizer(run, adapter_files.read_optimizer(command.path))
-            state = adapter_files.read(
-                command.path,
-                run.layout,
-                run.model.device,
-                optimizer=command.optimizer,
-                gradients=command.gradients,
-            )
-            residents.drop_spill(run)
-            run.replace(state)
-            residents.make_room(keep=run.name)
-            return Done({})
+            return _load(residents, run, command)
         case Publish():
             residents.bring_back(run)
-            written = None
-            if command.path is not None:
-                written = adapter_files.write(
-                    command.path, run.model, run.layout, run.live, optimizer=None, gradients=False
-                )
-            residents.snapshots.publish(command.sampler, run.model, run.layout, run.weights, command.path)
-            residents.snapshots.entries[command.sampler].used = residents.clock
-            residents.make_room(keep=command.sampler)
-            return Done({"size_bytes": written})
+
+            def publish(written: Done) -> Done:
+                snapshots = residents.snapshots
+                snapshots.publish(command.sampler, run.model, run.layout, run.weights, command.path)
+                snapshots.entries[command.sampler].used = residents.clock
+                residents.make_room(keep=command.sampler)
+                return written
+
+            if command.path is None:
+                return publish(Done({"size_bytes": None}))
+            files = _written(run, command.path, optimizer=None, gradients=False)
+            return Files(files.work, lambda size: publish(files.finish(size)))
         case ReleaseRun():
             residents.release(run)
             return Done({})
+
+
+def _written(run: Run, path: str, **what: Any) -> Files:
+    """A folder with the run's state; `what` as adapter_files.write takes it."""
+    model, layout, state = run.model, run.layout, run.live
+    return Files(
+        lambda: adapter_files.write(path, model, layout, state, **what),
+        lambda size: Done({"size_bytes": size}),
+    )
+
+
+def _load(residents: Residents, run: Run, command: LoadState) -> Files:
+    spec, _ = adapter_files.read_spec(command.path, run.model)
+    _same_shape(run, spec)
+    if command.optimizer:
+        _same_optimizer(run, adapter_files.read_optimizer(command.path))
+
+    def read() -> State:
+        return adapter_files.read(
+            command.path,
+            run.layout,
+            run.model.device,
+            optimizer=command.optimizer,
+            gradients=command.gradients,
+        )
+
+    def finish(state: State) -> Done:
+        residents.drop_spill(run)
+        run.replace(state)
+        residents.make_room(keep=run.name)
+        return Done({})
+
+    return Files(read, finish)
 
 
 def _same_shape(run: Run, spec: object) -> None:
