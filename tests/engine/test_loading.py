@@ -21,9 +21,11 @@ from tests.families import FAMILIES, make, make_odd
 from tests.quantized import FORMATS, compressed, full, quantize
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.blueprint import draw
+from tinsmith.engine.model.checkpoint import open_checkpoint
 from tinsmith.engine.model.checks import check
 from tinsmith.engine.model.errors import ModelError
-from tinsmith.engine.model.loading import Loaded, load
+from tinsmith.engine.model.loading import Loaded, fingerprint, load
+from tinsmith.engine.model.quantization import full_weights
 
 CPU = torch.device("cpu")
 ROWS = {"int4": "DeepseekV3", "mxfp4": "GptOss"}
@@ -43,11 +45,13 @@ def model(family: Family, tmp_path: Path) -> Path:
     return Path(shutil.copytree(family("Qwen3Moe"), tmp_path / "model"))
 
 
-def loaded(folder: Path, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Loaded:
+def loaded(
+    folder: Path | str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> Loaded:
     return load(str(folder), CPU, dtype, trust_remote_code=trust_remote_code)
 
 
-def refusal(folder: Path, **more: bool) -> str:
+def refusal(folder: Path | str, **more: bool) -> str:
     with pytest.raises(ModelError) as caught:
         loaded(folder, **more)
     assert "\n" not in str(caught.value)
@@ -272,7 +276,44 @@ class TestQuantized:
         folder = quantize(family("Qwen3Moe"), tmp_path / "model", "fp8")
         name = "model.layers.0.self_attn.q_proj.weight_scale_inv"
         change_weights(folder, lambda t: t.update({name: torch.ones(5, 3)}))
-        assert f"{name} [5, 3] does not suit" in refusal(folder)
+        assert f"{name}, float32 [5, 3], does not suit" in refusal(folder)
+
+    @pytest.mark.parametrize("shape", [(4, 1), (4, 8), (4, 8, 1), (4,), ()], ids=str)
+    def test_scales_of_fused_experts(self, tmp_path: Path, shape: tuple[int, ...]) -> None:
+        """One a matrix, one a row of each, or one for all."""
+        weight, scale = torch.randn(4, 8, 16).to(torch.float8_e4m3fn), torch.rand(shape)
+        save_file({"w": weight, "w_scale": scale}, tmp_path / WEIGHTS)
+        made = torch.empty(4, 8, 16)
+        full_weights(open_checkpoint(tmp_path), {})["w"].read(made)
+        assert torch.equal(made, weight.float() * scale.view(*shape, *[1] * (3 - len(shape))))
+
+    @pytest.mark.parametrize(
+        ("name", "end", "change", "said"),
+        [
+            ("mxfp4", "down_proj_scales", lambda x: x[:2].clone(), "are no MXFP4"),
+            ("mxfp4", "down_proj_scales", lambda x: x.float(), "are no MXFP4"),
+            ("mxfp4", "down_proj_blocks", lambda x: x.flatten(2), "are no MXFP4"),
+            ("int4", "_shape", lambda x: torch.cat([x, x[:1]]), "where two numbers are expected"),
+            ("int4", "_shape", lambda x: x.float(), "where two numbers are expected"),
+            ("fp8", "_scale_inv", lambda x: x.int(), "does not suit"),
+        ],
+    )
+    def test_what_is_no_scale_of_its_kind(
+        self,
+        family: Family,
+        tmp_path: Path,
+        name: str,
+        end: str,
+        change: Callable[[torch.Tensor], torch.Tensor],
+        said: str,
+    ) -> None:
+        folder = quantize(family(ROWS.get(name, "Qwen3Moe")), tmp_path / "model", name)
+        change_weights(
+            folder, lambda t: t.update({(n := next(n for n in t if n.endswith(end))): change(t[n])})
+        )
+        message = refusal(folder)
+        assert str(folder / WEIGHTS) in message
+        assert said in message
 
 
 TOKENIZER = """
@@ -352,6 +393,10 @@ def cut(file: Path, size: int) -> None:
 class TestFoldersThatSomethingIsWrongWith:
     def test_no_folder(self, tmp_path: Path) -> None:
         assert f"there is no folder {tmp_path / 'absent'}" in refusal(tmp_path / "absent")
+        assert "there is no folder ./absent" in refusal("./absent")
+
+    def test_a_file(self, model: Path) -> None:
+        assert f"{model / WEIGHTS} is a file" in refusal(model / WEIGHTS)
 
     @pytest.mark.parametrize(
         ("text", "cause"),
@@ -359,6 +404,7 @@ class TestFoldersThatSomethingIsWrongWith:
             (None, "has no config.json"),
             ("{", "config.json is no valid JSON"),
             ("[1]", "config.json is no JSON object"),
+            ("[" * 100_000, "config.json is no valid JSON"),
             ("\xff", "config.json is no valid"),
             ("{}", "config.json has no model_type"),
             ('{"model_type": 7}', "config.json has no model_type"),
@@ -398,7 +444,16 @@ class TestFoldersThatSomethingIsWrongWith:
 
     @pytest.mark.parametrize(
         "header",
-        [b"\0" * 40, b'{"a": 1}', b"[]", b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}'],
+        [
+            b"\0" * 40,
+            b'{"a": 1}',
+            b"[]",
+            b"[" * 100_000,
+            b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+            b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+            b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+            b' "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        ],
     )
     def test_a_corrupt_header(self, model: Path, header: bytes) -> None:
         (model / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
@@ -471,12 +526,26 @@ class TestFoldersThatSomethingIsWrongWith:
         change_weights(model, lambda t: t.update({name: t[name].to(torch.int8)}))
         assert f"{model / WEIGHTS}: {name} is int8 without a scale" in refusal(model)
 
-    def test_weights_that_are_not_finite(self, model: Path) -> None:
-        name = "model.layers.0.self_attn.q_proj.weight"
-        change_weights(model, lambda t: t[name].fill_(torch.nan))
-        broken = BaseModel("tests/nan", str(model), CPU, torch.float32)
-        with pytest.raises(ModelError, match=rf"not finite: .*q_proj.weight .*{model} is damaged"):
-            check(broken)
+    @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj", "lm_head", "model.embed_tokens"])
+    def test_a_number_that_is_not_finite(self, model: Path, name: str) -> None:
+        """One row of the unembedding is enough to spoil every logprob."""
+        change_weights(model, lambda t: t[f"{name}.weight"][5, 7].fill_(torch.nan))
+        assert f"{model / WEIGHTS}: {name}.weight has numbers that are not finite" in refusal(model)
+
+    def test_more_experts_a_token_than_there_are(self, model: Path) -> None:
+        set_config(model, num_experts_per_tok=99)
+        with pytest.raises(ModelError, match=rf"{model}: .*num_experts_per_tok 99, of 8 experts"):
+            BaseModel("tests/moe", str(model), CPU, torch.float32)
+
+    def test_end_tokens_that_are_none(self, model: Path) -> None:
+        (model / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
+        assert f"{model / 'generation_config.json'}: eos_token_id must be" in refusal(model)
+
+    def test_what_else_lies_in_a_folder_does_not_matter(self, model: Path) -> None:
+        before = fingerprint(model)
+        (model / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+        (model / "original.safetensors").mkdir()
+        assert fingerprint(model) == before
 
     def test_a_config_of_another_size(self, model: Path) -> None:
         set_config(model, hidden_size=96)

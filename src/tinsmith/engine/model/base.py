@@ -103,10 +103,10 @@ class BaseModel:
         """Loads it; `room` is how many bytes there are for its weights. Raises ModelError."""
         try:
             found = load(path, device, dtype, room=room, trust_remote_code=trust_remote_code)
+            self._adopt(name, path, found.module, found.tokenizer, device, dtype, max_context)
+            self.fingerprint = fingerprint(found.folder)
         except ModelError as error:
             raise error.of(name) from error
-        self._adopt(name, path, found.module, found.tokenizer, device, dtype, max_context)
-        self.fingerprint = fingerprint(found.folder)
         if sees(self.module.config):
             try:
                 self.vision = Vision(self.module, str(found.folder), self.vocab_size, device)
@@ -142,6 +142,7 @@ class BaseModel:
             self._body = self.module.model
         self._text = self._body if has_eyes else self.module
         self._embed = self.module.get_input_embeddings()
+        self._check_config()
         self.mixers = {name: layer for name, layer, _ in find_mixers(self.module)}
         # Whether sequences go through all of the model apart, with transformers' own attention and cache.
         self.generic = False
@@ -183,6 +184,18 @@ class BaseModel:
         self._unembed: Unembedding = self._head
         if device.type != "meta":
             self._find_unembedding()
+
+    def _check_config(self) -> None:
+        """Raises ModelError for sizes that transformers builds a model with and that cannot be run."""
+        file = f"{self.path}: its config.json"
+        if (length := getattr(self.config, "max_position_embeddings", None) or 0) < 0:
+            raise ModelError(f"{file} has max_position_embeddings {length}")
+        chosen = getattr(self.config, "num_experts_per_tok", None)
+        for module in self.module.modules():
+            if _has_experts(module) and chosen is not None and not 1 <= chosen <= len(module.down_proj):
+                raise ModelError(
+                    f"{file} has num_experts_per_tok {chosen}, of {len(module.down_proj)} experts"
+                )
 
     @property
     def apart(self) -> bool:
@@ -445,7 +458,7 @@ def _replace(module: Any, mixers: Sequence[str], inner: str, generic: bool) -> I
         if inner and child is not head and not name.startswith(f"{inner}."):
             continue
         public = f"model{name[len(inner) :]}" if inner else name
-        if hasattr(child, "_apply_gate") and hasattr(child, "down_proj") and hasattr(child, "is_transposed"):
+        if _has_experts(child):
             child.tinsmith_name = public
             yield from expert_slots(public, child)
         elif type(child).forward is nn.Linear.forward:  # a router may be one with a forward of its own
@@ -462,6 +475,11 @@ def _replace(module: Any, mixers: Sequence[str], inner: str, generic: bool) -> I
             slots = [Slot(part, group, child.in_features, size) for part, size in parts.items()]
             setattr(module.get_submodule(parent), leaf, LoraLinear(child, slots))
             yield from slots
+
+
+def _has_experts(module: Any) -> bool:
+    """Whether a module is transformers' experts of a layer, its weights of three dimensions."""
+    return all(hasattr(module, name) for name in ("_apply_gate", "down_proj", "is_transposed"))
 
 
 def _parts(name: str, linear: nn.Linear, mixer: nn.Module) -> dict[str, int]:

@@ -75,11 +75,18 @@ def fetch(path: str, whole: bool, trust_remote_code: bool) -> Path:
     """Where the files lie: the folder itself, or the snapshot of a hub id, of which the config is there then,
     and if it is to be `whole`, tokenizer and weights. Raises ModelError."""
     local = Path(path)
-    if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise ModelError(f"{path} has no config.json, so it is no model folder in Hugging Face layout")
-        return local
-    if os.path.isabs(path):
+    try:
+        if local.is_dir():
+            if not (local / "config.json").is_file():
+                raise ModelError(
+                    f"{path} has no config.json, so it is no model folder in Hugging Face layout"
+                )
+            return local
+        if local.exists():
+            raise ModelError(f"{path} is a file; a model is a folder in Hugging Face layout, or a hub id")
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    if os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1:
         raise ModelError(f"there is no folder {path}")
     small = [*(_SMALL_FILES if whole else ("config.json",)), *(("*.py",) if trust_remote_code else ())]
     try:

@@ -137,13 +137,19 @@ def _files(folder: Path) -> dict[Path, set[str]]:
         raise ModelError(f"{index} has no weight_map")
     files: dict[Path, set[str]] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or not name or Path(name).name != name:
             raise ModelError(f"{index}: {name!r} (of {tensor}) is no name of a file beside it")
         files.setdefault(folder / name, set()).add(tensor)
     for file in files:
         if not file.is_file():
             raise ModelError(f"{folder} lacks {file.name}, one of {len(files)} files that its index names")
     return files
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `open_checkpoint` reads, the index among them, by name. Raises ModelError."""
+    files = sorted(_files(folder))
+    return files if files == [folder / SINGLE] else sorted([*files, folder / INDEX])
 
 
 def _other_weights(folder: Path) -> str:
@@ -164,7 +170,7 @@ def read_json(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ModelError(f"{file} is no valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise ModelError(f"{file} is no JSON object")
@@ -188,7 +194,6 @@ def _read_header(file: Path, stream: BinaryIO) -> dict[str, Stored]:
     if length > _HEADER_LIMIT:
         raise ModelError(f"{file} is no safetensors file: its header would have {length} bytes")
     found: dict[str, Stored] = {}
-    end = 0
     try:
         header = json.loads(stream.read(length))
         for name, entry in header.items():
@@ -203,8 +208,13 @@ def _read_header(file: Path, stream: BinaryIO) -> dict[str, Stored]:
             stored = Stored(file, name, _DTYPES[entry["dtype"]], shape, 8 + length + first)
             if stored.nbytes != last - first:
                 raise ValueError(f"{name} has {last - first} bytes where its shape needs {stored.nbytes}")
-            found[name], end = stored, max(end, last)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found[name] = stored
+        end = 0
+        for stored in sorted(found.values(), key=lambda stored: (stored.start, stored.nbytes)):
+            if stored.start != 8 + length + end:
+                raise ValueError(f"{stored.name} does not begin where the tensor before it ends")
+            end += stored.nbytes
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} has a corrupt header: {error}") from None
     if size != 8 + length + end:
         raise ModelError(

@@ -44,15 +44,15 @@ def check(model: BaseModel) -> None:
     architecture = type(model.module).__name__
     if not any(slot.group != "unembed" for slot in model.slots):
         raise ModelError(
-            f"{model.name}: {architecture} has no linear layer that an adapter could be put on; such models "
+            f"{model.path}: {architecture} has no linear layer that an adapter could be put on; such models "
             "cannot be served"
-        )
+        ).of(model.name)
     wrong = "" if model.generic else _disagreement(model)
     if wrong:
         log.info("%s takes the generic path: %s", model.name, wrong)
         model.go_generic()
     if model.generic and (wrong := _disagreement(model)):
-        raise ModelError(f"{model.name}: {architecture} {wrong}; such models cannot be served")
+        raise ModelError(f"{model.path}: {architecture} {wrong}; such models cannot be served").of(model.name)
     if model.vision is not None and model.generic:
         model.refuse_images(f"{architecture} takes the generic path, which is for text alone")
     elif model.vision is not None:
@@ -68,7 +68,7 @@ def _disagreement(model: BaseModel) -> str:
         with routing.recorded():
             together = _hidden(model, [first, second])
         if not together.isfinite().all():
-            return f"gives numbers that are not finite{_damaged(model)}"
+            return "gives numbers that are not finite"
         near = _Near(model, routing, first)
         for name, text, at in places:
             ours = together[at : at + len(text)]
@@ -92,14 +92,6 @@ def _disagreement(model: BaseModel) -> str:
     except Exception as error:
         log.debug("%s could not be run", model.name, exc_info=error)
         return f"cannot be run here: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return ""
-
-
-def _damaged(model: BaseModel) -> str:
-    """Which weight is to blame, if any is."""
-    for name, weight in model.module.named_parameters():
-        if not weight.isfinite().all():
-            return f": {name} has such numbers itself, so its file in {model.path} is damaged"
     return ""
 
 
@@ -226,4 +218,5 @@ class _Near:
 def _distance(a: Tensor, b: Tensor) -> float:
     """The median over rows of [n, hidden] of the norm of the difference over the norm."""
     a, b = a.double(), b.double()
-    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
+    apart = (a - b).norm(dim=-1)
+    return float(torch.where(apart == 0, 0.0, apart / b.norm(dim=-1)).median())

@@ -35,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tinsmith.engine.model import quantization
 from tinsmith.engine.model.blueprint import Blueprint, draw, fetch, use_own_experts
-from tinsmith.engine.model.checkpoint import PIECE, Stored, Weights, open_checkpoint, read_json
+from tinsmith.engine.model.checkpoint import PIECE, Stored, Weights, open_checkpoint, read_json, weight_files
 from tinsmith.engine.model.errors import ModelError, short
 from tinsmith.engine.model.vision import attention_of, sees
 
@@ -80,6 +80,7 @@ def load(
     missing = _check(plan, assigned)
     module = _build(plan, assigned, dtype)
     _fill(module, assigned.weights, device)
+    _refuse_damaged(plan, module, assigned)
     module.tinsmith_missing = missing  # see Vision
     return Loaded(module.to(device), tokenizer, plan.folder, plan.quantized)
 
@@ -289,7 +290,9 @@ def _build(plan: Blueprint, assigned: Assigned, dtype: torch.dtype) -> Any:
             output_loading_info=True,
         )
         if (plan.folder / "generation_config.json").is_file():
-            module.generation_config = GenerationConfig.from_pretrained(plan.folder)
+            module.generation_config = _generation_config(plan.folder)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"{plan.folder}: the model could not be loaded: {short(error)}") from error
     wrong = set(found["missing_keys"]) - _tower(module) if sees(plan.config) else found["missing_keys"]
@@ -297,6 +300,17 @@ def _build(plan: Blueprint, assigned: Assigned, dtype: torch.dtype) -> Any:
         raise ModelError(f"{plan.folder}: its weight files lack {', '.join(sorted(wrong)[:3])}")
     use_own_experts(module)
     return module
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    found = GenerationConfig.from_pretrained(folder)
+    ids = found.eos_token_id
+    if not all(isinstance(i, int) for i in (ids if isinstance(ids, list) else [ids]) if ids is not None):
+        raise ModelError(
+            f"{folder / 'generation_config.json'}: eos_token_id must be a token id or a list of them, "
+            f"not {ids!r}"
+        )
+    return found
 
 
 def untie(module: Any, weights: dict[str, Weights]) -> set[str]:
@@ -336,13 +350,24 @@ def _fill(module: Any, weights: Mapping[str, Weights], device: torch.device) -> 
             own[leaf] = new
 
 
+def _refuse_damaged(plan: Blueprint, module: Any, assigned: Assigned) -> None:
+    """One such number among the unembedding's and every logprob of every run would be none."""
+    for name, weight in module.named_parameters():
+        # A sum is finite where all of it is, and takes no memory; a sum of large numbers may not be.
+        if not weight.sum().isfinite() and not all(
+            p.isfinite().all() for p in weight.reshape(-1).split(PIECE)
+        ):
+            file = assigned.weights[name].place[0] if name in assigned.weights else plan.folder
+            raise ModelError(f"{file}: {name} has numbers that are not finite: the file is damaged")
+
+
 def fingerprint(folder: Path) -> str:
     """Identity of a base: its config, its weight files' names, headers or index, and samples of the data."""
     digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     fields = {k: v for k, v in config.items() if k not in ("transformers_version", "dtype", "torch_dtype")}
     digest.update(json.dumps(fields, sort_keys=True).encode())
-    for file in sorted(folder.glob("*.safetensors*")):
+    for file in weight_files(folder):
         digest.update(file.name.encode())
         if file.suffix == ".json":
             digest.update(file.read_bytes())

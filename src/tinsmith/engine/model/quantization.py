@@ -131,8 +131,8 @@ def full_weights(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> di
     found: dict[str, Weights] = {}
     for name, stored in tensors.items():
         scale = next((tensors[name + end] for end in _SCALES if name + end in tensors), None)
-        if name.endswith("_blocks") and f"{name[:-7]}_scales" in tensors:
-            found[name[:-7]] = Mxfp4(stored, tensors[f"{name[:-7]}_scales"])
+        if name.endswith("_blocks") and stored.dtype == torch.uint8:
+            found[name[:-7]] = _mxfp4(stored, tensors.get(f"{name[:-7]}_scales"))
         elif name.endswith(".weight_packed"):
             found[name.removesuffix("_packed")] = _packed(name.removesuffix("_packed"), tensors)
         elif stored.dtype in (*_FP8, torch.int8) and scale is not None:
@@ -156,6 +156,25 @@ def _is_along(name: str, tensors: Mapping[str, Stored]) -> bool:
     return f"{base}_packed" in tensors or (weight is not None and weight.dtype in (*_FP8, torch.int8))
 
 
+def _mxfp4(blocks: Stored, scales: Stored | None) -> Mxfp4:
+    if scales is None:
+        raise ModelError(f"{blocks.file}: {blocks.name} has no {blocks.name[:-7]}_scales beside it")
+    if (
+        scales.dtype not in (torch.uint8, torch.float8_e8m0fnu)
+        or len(blocks.shape) != 4
+        or blocks.shape[:-1] != scales.shape
+    ):
+        raise ModelError(
+            f"{blocks.file}: {blocks.name} {_kind(blocks)} and {scales.name} {_kind(scales)} are no MXFP4: "
+            "bytes [experts, out, groups, half of a group] and one scale a group"
+        )
+    return Mxfp4(blocks, scales)
+
+
+def _kind(stored: Stored) -> str:
+    return f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
+
+
 def _packed(name: str, tensors: Mapping[str, Stored]) -> Weights:
     packed = tensors[f"{name}_packed"]
     for end in ("_zero_point", "_g_idx"):
@@ -165,6 +184,8 @@ def _packed(name: str, tensors: Mapping[str, Stored]) -> Weights:
     if scale is None or shape is None:
         end = "_scale" if scale is None else "_shape"
         raise ModelError(f"{packed.file}: {name}_packed has no {name + end} beside it")
+    if shape.shape != (2,) or shape.dtype not in (torch.int32, torch.int64):
+        raise ModelError(f"{shape.file}: {shape.name} is {_kind(shape)}, where two numbers are expected")
     rows, columns = (int(n) for n in shape.whole().tolist())
     each = next((n for n in (8, 4) if packed.shape[-1:] == (math.ceil(columns / n),)), None)
     if packed.dtype != torch.int32 or packed.shape[:-1] != (rows,) or each is None:
@@ -210,17 +231,27 @@ class _Grid:
         *outer, rows, columns = shape
         scale = stored.whole()
         # An exponent, E8M0, may be stored as a plain byte.
-        scale = _LOOKUPS[torch.float8_e8m0fnu](scale) if scale.dtype == torch.uint8 else scale.float()
         count = math.prod(outer)
-        if scale.dim() < 2:
-            scale = scale.view((-1, 1, 1) if outer and scale.numel() == count else (1, -1, 1))
+        unsuitable = ModelError(
+            f"{stored.file}: {stored.name}, {_kind(stored)}, does not suit {weight.name} {list(shape)}"
+        )
+        if scale.dtype == torch.uint8:
+            scale = _LOOKUPS[torch.float8_e8m0fnu](scale)
+        elif not scale.is_floating_point():
+            raise unsuitable
+        scale = scale.float()
+        if scale.numel() == 1:
+            scale = scale.view(1, 1, 1)
+        elif outer and scale.dim() < 3:  # one a matrix, or one a row of each
+            if len(scale) != count:
+                raise unsuitable
+            scale = scale.view(count, -1, 1)
+        elif scale.dim() < 2:
+            scale = scale.view(1, -1, 1)
         elif scale.dim() == 2:
             scale = scale.unsqueeze(0)
         scale = scale.flatten(0, -3)
         self.scale = scale.expand(count, -1, -1) if len(scale) == 1 else scale
-        unsuitable = ModelError(
-            f"{stored.file}: {stored.name} {list(stored.shape)} does not suit {weight.name} {list(shape)}"
-        )
         self.columns = columns
         sizes = []
         if self.scale.shape[0] != count:
