@@ -1,10 +1,11 @@
 """A GPU's kernels: checked against fp64, timed, and set beside the device's limits and transformers + PEFT.
 
-    python bench/gpu.py [--only check,limits,train,peft,decode,generate,adapters,deterministic,vllm]
+    python bench/gpu.py [--seconds N] [--only check,limits,train,peft,decode,generate,adapters,...]
     TRITON_INTERPRET=1 python bench/gpu.py --smoke     # without a GPU: a tiny model in Triton's interpreter
 
-A random model of Qwen3-8B's shape is made on the device. Sections run one after the other; one that fails
-prints its error, and the rest go on. The table comes last. Meant to end within ten minutes on an H100.
+A random model of Qwen3-8B's shape is made on the device; kernels are compiled as they are first used.
+Sections run one after the other; one that fails prints its error, and the rest go on. The table comes last,
+in any case after --seconds: what is under way is broken off then, and the rest left out, by name.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -347,6 +349,28 @@ def vllm(bench: Bench) -> None:
     bench.say("vLLM", "installed: not compared yet" if found else "not installed here")
 
 
+class OutOfTime(BaseException):
+    """The time that was given is over; no `except Exception` on the way is to hear of it."""
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raises OutOfTime inside when they are over; at once where there are none."""
+    if seconds <= 0:
+        raise OutOfTime
+
+    def over(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, where it came in what cannot raise
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 SECTIONS = (check, limits, train, peft, decode, generate, adapters, deterministic, vllm)
 
 
@@ -357,6 +381,7 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="a tiny model on the CPU, in Triton's interpreter"
     )
+    parser.add_argument("--seconds", type=float, default=570, help="when to stop, at the latest")
     args = parser.parse_args()
     wanted = args.only.split(",")
     if unknown := set(wanted) - set(names):
@@ -373,7 +398,10 @@ def main() -> None:
                 continue
             print(f"== {section.__name__} ({time.time() - started:.0f} s)", flush=True)
             try:
-                section(bench)
+                with within(started + args.seconds - time.time()):
+                    section(bench)
+            except OutOfTime:
+                bench.say(section.__name__, "left out or not finished: no time")
             except Exception as error:
                 traceback.print_exc()
                 bench.say(section.__name__, f"failed: {type(error).__name__}: {str(error)[:120]}")

@@ -1,22 +1,25 @@
 """Training and sampling on one engine at a time: what each keeps of its speed, and how long a token takes.
 
-    python bench/interleave.py [--quick] [--json FILE] [--plot FILE]
+    python bench/interleave.py [--quick] [--beside N] [--json FILE] [--plot FILE]
 
 The model of bench/train.py on an engine in this process. Sampling is eight sequences of 64 + 128 tokens, a
 new one for each that ends; training is one run with 4 x 512 tokens a step, submitted ahead. Each alone, then
 both, then both with a checkpoint saved after every step. A token's time is that between it and the one before
-in its sequence. Half of the device is each one's part; short passes cost training a little more.
+in its sequence. Half of the device is each one's part; short passes cost training a little more. With
+--beside all of it again while other processes keep as many cores busy: what a neighbour costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -159,6 +162,27 @@ def measure(folder: Path, seconds: float) -> tuple[dict[str, Figures], float]:
     return found, sorted(times)[3]
 
 
+@contextlib.contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Processes that do nothing, each as fast as a core can."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def figures_table(found: dict[str, Figures]) -> str:
+    rows = [("load", "sampled tok/s", "p50 ms", "p95 ms", "p99 ms", "max ms", "trained tok/s")]
+    for name, figures in found.items():
+        times = [f"{1e3 * figures.at(part):.1f}" if figures.gaps else "" for part in (0.5, 0.95, 0.99, 1.0)]
+        sampled, trained = (f"{x:.0f}" if x else "" for x in (figures.sampled, figures.trained))
+        rows.append((name, sampled, *times, trained))
+    return table(rows)
+
+
 def plot(path: Path, found: dict[str, Figures]) -> None:
     import matplotlib
 
@@ -182,19 +206,22 @@ def plot(path: Path, found: dict[str, Figures]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few seconds of each")
+    parser.add_argument(
+        "--beside", type=int, default=0, metavar="N", help="cores kept busy, in a second round"
+    )
     parser.add_argument("--json", type=Path, help="where to write the targets")
     parser.add_argument("--plot", type=Path, help="where to draw the distributions")
     args = parser.parse_args()
+    seconds = 4.0 if args.quick else 15.0
     with tempfile.TemporaryDirectory() as name:
-        found, one_pass = measure(make_model(Path(name)), 4.0 if args.quick else 15.0)
+        folder = make_model(Path(name))
+        found, one_pass = measure(folder, seconds)
+        if args.beside:
+            with neighbours(args.beside):
+                disturbed, _ = measure(folder, seconds)
     alone, training, both, _ = (found[name] for name in LOADS)
-    rows = [("load", "sampled tok/s", "p50 ms", "p95 ms", "p99 ms", "max ms", "trained tok/s")]
-    for name, figures in found.items():
-        times = [f"{1e3 * figures.at(part):.1f}" if figures.gaps else "" for part in (0.5, 0.95, 0.99, 1.0)]
-        sampled, trained = (f"{x:.0f}" if x else "" for x in (figures.sampled, figures.trained))
-        rows.append((name, sampled, *times, trained))
     print(machine() + "\n")
-    print(table(rows) + "\n")
+    print(figures_table(found) + "\n")
     print(f"A step of 512 tokens, which a token may have to wait for: {1e3 * one_pass:.1f} ms\n")
     wait = one_pass + alone.at(0.5)
     targets = [
@@ -204,6 +231,9 @@ def main() -> None:
             8, "both: p99 of a token, times a pass and a token alone", 1.25, both.at(0.99) / wait, most=True
         ),
     ]
+    if args.beside:
+        print(f"With {args.beside} of {len(os.sched_getaffinity(0))} cores busy:\n")
+        print(figures_table(disturbed) + "\n")
     print(Target.table(targets))
     write(args.json, targets)
     if args.plot is not None:
