@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# Threads that wait do not spin for long: tests run side by side, and a barrier whose thread has to wait for a
+# core would take a time slice each. The library looks at this when it is loaded, with torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 # Triton's kernels run in its interpreter where there is no GPU. It looks at this when it is imported, which
 # transformers does.
 if not any(Path("/dev").glob("nvidia[0-9]*")):

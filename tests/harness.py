@@ -252,9 +252,9 @@ def datum(length: int = 8, first: int = 0, **inputs: types.TensorData) -> types.
 def exit_code(done: subprocess.CompletedProcess[str]) -> int:
     """With what an SDK program ended, by itself.
 
-    The SDK's event loop lives in a daemon thread. When the interpreter ends while that thread is inside
-    compiled code, Python 3.11 aborts the process, after all that it had to say was said (once in thousands
-    of programs). That is no failure of the program or of a server: what it printed tells how it went.
+    The SDK's HTTP transport, pyqwest, has threads of its own. One that comes back to an interpreter which has
+    just ended is unwound by Python 3.11 through frames of Rust, which cannot be, and the process aborts after
+    all that it had to say was said (once in 200 on a busy machine). What it printed tells how it went.
     """
     if done.returncode == -signal.SIGABRT and "Traceback" not in done.stderr:
         return 0 if done.stdout else 1

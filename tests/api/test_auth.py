@@ -179,7 +179,7 @@ def test_the_sdk_says_that_a_key_is_refused(server: Server) -> None:
         tinker.RestClient(base_url=server.url, api_key="tml-" + "0" * 40)
 
 
-@pytest.mark.parametrize("generated", [False, True])
+@pytest.mark.parametrize("generated", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tinker_auth_logs_in_says_who_one_is_and_logs_out(
     server: Server, tmp_path: Path, generated: bool
 ) -> None:

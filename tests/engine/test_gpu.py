@@ -6,8 +6,9 @@ interpreter takes its time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,13 @@ Folder = Callable[[str], Path]
 CUDA = torch.cuda.is_available()
 KIND = "cuda" if CUDA else "cpu"
 FAMILIES = ("Qwen3", "Qwen3Moe", "DeepseekV3", "GptOss")
+SLOW = pytest.mark.slow  # the interpreter takes seconds for what a GPU does in milliseconds
 TEXTS = (9, 70)
+
+
+def but(names: Iterable[str], *fast: str) -> list[Any]:
+    """All names, of which `make test` takes these alone."""
+    return [name if name in fast else pytest.param(name, marks=SLOW) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,7 @@ def tenants(model: BaseModel) -> list[tuple[Run, TrainingJob]]:
     return [(each, job_of(each, request(texts(i)))) for i, each in enumerate(runs)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", but(FAMILIES, "Qwen3", "GptOss"))
 def test_three_tenants_in_one_pass_get_what_they_get_on_the_cpu(
     family: Folder, on_gpu: Callable[[], None], name: str
 ) -> None:
@@ -106,7 +113,15 @@ def test_one_tenant_alone_too(family: Folder, on_gpu: Callable[[], None]) -> Non
     assert relative(ours.live.gradient, theirs.live.gradient) < 1e-5  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("Qwen3", torch.bfloat16), ("Qwen3Moe", torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("GptOss", torch.bfloat16),
+        pytest.param("Qwen3", torch.bfloat16, marks=SLOW),
+        pytest.param("Qwen3Moe", torch.float32, marks=SLOW),
+    ],
+    ids=str,
+)
 def test_deterministic_company_changes_no_bit(
     family: Folder, on_gpu: Callable[[], None], name: str, dtype: torch.dtype
 ) -> None:
@@ -138,7 +153,7 @@ class TestSampling:
             for i, ((n, m), w) in enumerate(zip(((3, 5), (66, 4), (9, 6), (20, 3)), adapters, strict=True))
         ]
 
-    @pytest.mark.parametrize("name", FAMILIES)
+    @pytest.mark.parametrize("name", but(FAMILIES, "DeepseekV3", "GptOss"))
     def test_greedy_is_that_of_the_cpu(self, family: Folder, on_gpu: Callable[[], None], name: str) -> None:
         model = load(family(name))
         expected = run(Sampler(model, PLENTY), *self.work(model, temperature=0.0), gap=1)
@@ -172,7 +187,9 @@ class TestSampling:
         assert relative(*prompts) < 1e-5
 
     @pytest.mark.parametrize(
-        ("name", "dtype"), [("Qwen3", torch.bfloat16), ("GptOss", torch.float32)], ids=str
+        ("name", "dtype"),
+        [pytest.param("Qwen3", torch.bfloat16, marks=SLOW), ("GptOss", torch.float32)],
+        ids=str,
     )
     def test_deterministic_logprobs_are_the_trainers_bit_for_bit(
         self, family: Folder, on_gpu: Callable[[], None], name: str, dtype: torch.dtype
@@ -190,6 +207,7 @@ class TestSampling:
                 assert np.array_equal(of_prompt[1:], expected[: len(prompt) - 1])
 
 
+@SLOW
 def test_what_a_gpu_is_asked_at_start_holds_in_the_interpreter(
     family: Folder, on_gpu: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
