@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import pytest
 import tinker
 
 from tests.harness import KEY, MODEL, Server, exit_code
+from tests.sdk.program import run_tinker
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Told:
 
 @dataclass
 class Program:
-    """`tinker`, of which two run at a time: most of their time goes into their own imports."""
+    """`tinker`, of which two run at a time."""
 
     server: Server
     pool: ThreadPoolExecutor
@@ -50,10 +50,7 @@ class Program:
             "COLUMNS": "250",
             "HF_HUB_OFFLINE": "1",
         }
-        command = [sys.executable, "-m", "tinker.cli", *words]
-        return self.pool.submit(
-            subprocess.run, command, env=environment, capture_output=True, text=True, timeout=120
-        )
+        return self.pool.submit(run_tinker, words, environment)
 
     def ok(self, *words: str) -> str:
         return _out(self.start(*words).result())
