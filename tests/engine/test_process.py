@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from tinsmith.engine.commands import (
     ModelSource,
     Reply,
 )
-from tinsmith.engine.process import EngineStartError, ProcessEngine, _cores, _cpu_share
+from tinsmith.engine.process import EngineStartError, ProcessEngine, _cores, _cpu_share, _drive
 
 
 class EchoEngine:
@@ -264,3 +265,27 @@ class TestStart:
                 await bad.start()
 
         asyncio.run(main())
+
+
+def test_steps_do_not_wait_until_a_flood_of_commands_is_taken() -> None:
+    """Each takes 12 ms to take, and there are 50 for it between two steps."""
+    time_now, steps = 0.0, []
+
+    class Slow(EchoEngine):
+        def submit(self, command: Command, answer: Callable[[Reply], None]) -> None:
+            nonlocal time_now
+            time_now += 0.012
+            super().submit(command, answer)
+
+        def step(self) -> bool:
+            steps.append(len(self.todo))
+            return super().step()
+
+    incoming: queue.SimpleQueue[tuple[int, Command] | None] = queue.SimpleQueue()
+    for i in range(20):
+        incoming.put((i, told("r")))
+    incoming.put(None)
+    answered: list[int] = []
+    _drive(Slow(EngineConfig((), "")), incoming, lambda i, _: answered.append(i), lambda: time_now)
+    assert answered == list(range(20))
+    assert steps[:5] == [5, 9, 13, 17, 16], "five are taken at a time, one is answered a step"

@@ -395,6 +395,7 @@ def _drive(
     engine: _Drivable,
     incoming: queue.SimpleQueue[tuple[int, Command] | None],
     answer: Callable[[int, Reply | Piece], None],
+    now: Callable[[], float] = time.monotonic,
 ) -> None:
     """Submit what has come in, step while there is work, sleep while there is none. Steps do not wait until
     all of a flood of commands is taken."""
@@ -402,9 +403,9 @@ def _drive(
     while working or not stopping:
         until: float | None = None
         with contextlib.suppress(queue.Empty):
-            while not stopping and (until is None or time.monotonic() < until):
+            while not stopping and (until is None or now() < until):
                 message = incoming.get(block=not working)
-                until = until or time.monotonic() + _INTAKE
+                until = now() + _INTAKE if until is None else until
                 if message is None:
                     stopping = True
                     break

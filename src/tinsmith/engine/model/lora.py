@@ -95,10 +95,11 @@ class Layout:
         alone and not on which other matrices are trained.
         """
         flat = torch.zeros(self.size, dtype=torch.float32)
+        views = self.views(flat)
         for slot in self.slots:
             digest = hashlib.sha256(f"{self.spec.seed}:{slot.name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            a, _ = self.views(flat)[slot.name]
+            a, _ = views[slot.name]
             bound = slot.in_features**-0.5
             a.uniform_(-bound, bound, generator=generator)
         return flat
