@@ -3,8 +3,10 @@ neither starves. Time is what a clock of the test's own says."""
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from tinsmith.engine import adapter_files, rounds, training
 from tinsmith.engine import engine as module
 from tinsmith.engine.commands import (
     AdamParams,
+    Cancel,
     Command,
     CreateAdapter,
     Done,
@@ -25,9 +28,11 @@ from tinsmith.engine.commands import (
     LoadState,
     LoraSpec,
     ModelSource,
+    OpenSampler,
     OptimStep,
     Publish,
     ReleaseRun,
+    ReleaseSampler,
     Reply,
     SaveState,
 )
@@ -221,6 +226,70 @@ def test_files_are_written_and_read_beside_the_work_of_others(
     while len(own) < 2:
         world.engine.step()
     assert all(isinstance(reply, Done) for reply in own), own
+
+
+class TestASamplersWeights:
+    """They are read from a checkpoint's folder when the first sample asks for them."""
+
+    @pytest.fixture
+    def gate(self, world: World, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+        """What reading waits for."""
+        gate, real = threading.Event(), adapter_files.read
+
+        def waiting(*args: object, **kwargs: object) -> object:
+            assert gate.wait(30)
+            return real(*args, **kwargs)  # type: ignore[arg-type]
+
+        world.create("r")
+        path = str(world.path / "published")
+        _done(world, Publish("r", 1, "own", path))
+        _done(world, OpenSampler("s", "m", path), ReleaseSampler("own"))
+        _done(world, *(c for i in (2, 4) for c in (backward("r", i, [20]), OptimStep("r", i, AdamParams(1)))))
+        monkeypatch.setattr(adapter_files, "read", waiting)
+        return gate
+
+    def of(self, name: str) -> Command:
+        return replace(sample(name, tokens(20, 1), max_tokens=4, stop=()), sampler="s")
+
+    def test_are_read_beside_the_work_of_others(self, world: World, gate: threading.Event) -> None:
+        waiting = world.tell(self.of("a"), self.of("b"))
+        (base,) = _done(world, sample("c", tokens(20, 1), max_tokens=4, stop=()))
+        _done(world, backward("r", 6, [30]))
+        assert not waiting
+        gate.set()
+        while len(waiting) < 2:
+            world.engine.step()
+        assert isinstance(waiting[0], Done)
+        assert isinstance(waiting[1], Done)
+        assert waiting[0].payload == waiting[1].payload == base.payload, "B was zero when it was saved"
+
+    def test_a_sample_that_waits_for_them_can_be_cancelled(self, world: World, gate: threading.Event) -> None:
+        waiting = world.tell(self.of("a"), self.of("b"), Cancel("a"))
+        assert [getattr(reply, "message", "") for reply in waiting] == ["cancelled", ""]
+        gate.set()
+        while len(waiting) < 3:
+            world.engine.step()
+        assert isinstance(waiting[2], Done)
+
+    def test_that_are_released_meanwhile_are_named(self, world: World, gate: threading.Event) -> None:
+        waiting = world.tell(self.of("a"))
+        world.tell(ReleaseSampler("s"))
+        gate.set()
+        while not waiting:
+            world.engine.step()
+        assert isinstance(waiting[0], Failed)
+        assert "sampler s is not on this engine" in waiting[0].message
+        assert not world.engine.step(), "nothing is left of it"
+
+    def test_that_cannot_be_read_fail_those_who_wait(self, world: World, gate: threading.Event) -> None:
+        waiting = world.tell(self.of("a"), self.of("b"))
+        shutil.rmtree(world.path / "published")
+        gate.set()
+        while len(waiting) < 2:
+            world.engine.step()
+        for reply in waiting:
+            assert isinstance(reply, Failed)
+            assert "cannot be read" in reply.message
 
 
 def test_small_commands_of_several_runs_are_one_piece(world: World) -> None:

@@ -164,16 +164,12 @@ def read(path: str, layout: Layout, device: torch.device, *, optimizer: bool, gr
                 state.gradient = f.get_tensor("gradient")
     except (OSError, SafetensorError, RuntimeError) as error:
         raise FolderError(f"the checkpoint cannot be read: {error}") from error
-    return State(*(t.to(device) if isinstance(t, Tensor) else t for t in _fields(state)))  # type: ignore[arg-type]
+    return state.to(device)
 
 
 def remove(path: str) -> None:
     """Delete a folder that nothing refers to any more."""
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _fields(state: State) -> list[Any]:
-    return [getattr(state, f.name) for f in dataclasses.fields(state)]
 
 
 def named(layout: Layout, flat: Tensor) -> dict[str, Tensor]:

@@ -7,12 +7,10 @@ are short. Nothing here waits or blocks but the work itself; a process (process.
 
 from __future__ import annotations
 
-import concurrent.futures
 import logging
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from tinsmith.engine.commands import (
     Done,
     EngineConfig,
     EngineInfo,
+    Failed,
     ForwardBackward,
     GetStatus,
     ImportAdapter,
@@ -44,6 +43,7 @@ from tinsmith.engine.commands import (
     Share,
 )
 from tinsmith.engine.device import make_deterministic, pick_device, pick_dtype
+from tinsmith.engine.disk import Disk
 from tinsmith.engine.exactness import settle
 from tinsmith.engine.exactness_gpu import failures_on_gpu
 from tinsmith.engine.failures import failed
@@ -62,6 +62,7 @@ from tinsmith.engine.run_commands import Files, execute
 from tinsmith.engine.runs import Answer, Run
 from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.shares import Shares
+from tinsmith.engine.snapshots import Read
 from tinsmith.engine.training import peak_bytes
 from tinsmith.wire.training import ContentError
 
@@ -69,8 +70,6 @@ log = logging.getLogger(__name__)
 
 JOBS_AHEAD = 16  # forward_backwards of one run that are decoded at a time
 PIECE_SECONDS = 0.05  # of commands between two sampling steps, but for what the last of them takes
-FILES_AT_ONCE = 2  # commands that write or read files beside the device's work
-FILES_WAIT = 0.01  # seconds that an engine with nothing else to do waits for them at a time
 RECENT = 0.5  # seconds after the last sampling step for which turns stay short
 
 
@@ -126,10 +125,10 @@ class Engine:
             for name, model in self.models.items()
         }
         self.now = now
-        self._threads = ThreadPoolExecutor(FILES_AT_ONCE, "files")
-        self._files: dict[
-            Future[Any], Callable[[Future[Any]], None]
-        ] = {}  # under way, and what is then to do
+        self._disk = Disk()
+        self._opening: dict[
+            str, list[tuple[Sample, Answer]]
+        ] = {}  # samples that wait for a sampler's weights
         self._sampled = -math.inf  # when the last sampling step ended
         self._passes_next = False  # whether training's last turn was one of commands
         self.rounds = Rounds(self.residents, self.shares, self.metrics, self.device.type, now)
@@ -197,7 +196,8 @@ class Engine:
             "runs_resident": sum(r.state is not None for r in self.runs.values()),
             "samplers": len(self.snapshots.entries),
             "samplers_resident": sum(s.weights is not None for s in self.snapshots.entries.values()),
-            "samples_pending": sum(s.pending for s in self._samplers.values()),
+            "samples_pending": sum(s.pending for s in self._samplers.values())
+            + sum(map(len, self._opening.values())),
             "commands_waiting": sum(len(r.waiting) + len(r.jobs) + r.held for r in self.runs.values()),
             "adapter_bytes": self.residents.nbytes,
             "adapter_budget_bytes": self.budget.adapters,
@@ -249,8 +249,7 @@ class Engine:
                     self.shares.leave(command.share.key)
                     raise
             case Cancel():
-                for sampler in self._samplers.values():
-                    sampler.cancel(command.request)
+                self._cancel(command.request)
                 answer(Done({}))
             case ImportAdapter():
                 model, began = self._model(command.model), time.time()
@@ -312,18 +311,55 @@ class Engine:
         self.residents.add(run)
 
     def _sample(self, command: Sample, answer: Answer) -> None:
-        model = self._model(command.model)
+        model, name = self._model(command.model), command.sampler
         weights = None
-        if command.sampler is not None:
+        if name is not None:
+            if name in self._opening:
+                self._opening[name].append((command, answer))
+                return
             try:
-                model, weights = self.snapshots.weights(command.sampler, self.residents.clock)
+                if (read := self.snapshots.absent(name)) is not None:
+                    self._open(name, read, command, answer)
+                    return
+                model, weights = self.snapshots.weights(name, self.residents.clock)
             except KeyError:
                 raise ContentError(
-                    f"sampler {command.sampler} is not on this engine: its weights were not saved under a "
+                    f"sampler {name} is not on this engine: its weights were not saved under a "
                     "name, and the engine has restarted since, or its session has ended. Save them again"
                 ) from None
-            self.residents.make_room(keep=command.sampler)
+            self.residents.make_room(keep=name)
         self._samplers[model.name].add(command, weights, answer)
+
+    def _open(self, name: str, read: Callable[[], Read], command: Sample, answer: Answer) -> None:
+        """Have a sampler's weights read; this sample and those that come meanwhile wait for them."""
+        entry = self.snapshots.entries[name]
+        self._opening[name] = [(command, answer)]
+
+        def finish(result: Callable[[], Read]) -> None:
+            waiting = self._opening.pop(name)
+            try:
+                found = result()
+                if entry.weights is None:
+                    self.snapshots.bring_back(entry, found)
+            except Exception as error:
+                for _, answer in waiting:
+                    answer(failed("Sample", error))
+                return
+            for command, answer in waiting:
+                try:
+                    self._sample(command, answer)
+                except Exception as error:
+                    answer(failed("Sample", error))
+
+        self._disk.do(read, finish)
+
+    def _cancel(self, request: str) -> None:
+        for sampler in self._samplers.values():
+            sampler.cancel(request)
+        for waiting in self._opening.values():
+            for sample, answer in [each for each in waiting if each[0].request == request]:
+                waiting.remove((sample, answer))
+                answer(Failed("cancelled"))
 
     # The clock
 
@@ -331,18 +367,18 @@ class Engine:
         """One cycle. True while there is more work."""
         self.residents.clock += 1
         done = self._cycle()
-        more = any(run.busy for run in self.runs.values()) or bool(self._files)
+        more = any(run.busy for run in self.runs.values()) or bool(self._disk)
         more |= any(sampler.pending for sampler in self._samplers.values())
         if more and not done:
             # Whoever lacks time cannot use it now, for want of memory, say.
             self.shares.stand_aside()
-            if not self._cycle() and self._files:
-                concurrent.futures.wait(self._files, FILES_WAIT, "FIRST_COMPLETED")
+            if not self._cycle() and self._disk:
+                self._disk.wait()
         return more
 
     def _cycle(self) -> bool:
         """A turn of training, and sampling for as long as that took. Whether anything was done."""
-        written = self._take_files()
+        written = self._disk.take()
         started = self.now()
         trained = self._train()
         return self._sample_for(self.now() - started) or trained or written
@@ -350,28 +386,20 @@ class Engine:
     def _leave(
         self, files: Files, command: Command, answer: Answer, began: float, run: Run | None = None
     ) -> None:
-        """Have the rest of a command done in another thread. Its run stands still for so long."""
+        """Leave the rest of a command to the disk. Its run stands still for so long."""
         if run is not None:
             run.held = True
 
-        def finish(future: Future[Any]) -> None:
+        def finish(result: Callable[[], Any]) -> None:
             if run is not None:
                 run.held = False
-            what = type(command).__name__ + ("" if run is None else f" of run {run.name}")
             try:
-                reply: Reply = replace(files.finish(future.result()), times={"started": began})
+                reply: Reply = replace(files.finish(result()), times={"started": began})
             except Exception as error:
-                reply = failed(what, error)
+                reply = failed(type(command).__name__ + ("" if run is None else f" of run {run.name}"), error)
             answer(reply)
 
-        self._files[self._threads.submit(files.work)] = finish
-
-    def _take_files(self) -> bool:
-        """Finish the commands whose files are there. Whether there were any."""
-        there = [future for future in self._files if future.done()]
-        for future in there:
-            self._files.pop(future)(future)
-        return bool(there)
+        self._disk.do(files.work, finish)
 
     def _sample_for(self, seconds: float) -> bool:
         """Sampling steps of all models in turns, one at least of each. Whether there was any."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tinsmith.engine import adapter_files
 from tinsmith.engine.commands import (
     Done,
@@ -21,12 +23,14 @@ from tinsmith.engine.residents import Residents
 from tinsmith.engine.runs import Run, State
 from tinsmith.wire.training import ContentError
 
+HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Files:
     """What a command leaves to another thread, since it waits for a disk rather than for the device: `work`,
-    which changes nothing but files, and `finish`, which takes what that returned and is the engine's own
-    again. The run stands still in between."""
+    which changes nothing but files and knows no device, and `finish`, which takes what that returned and is
+    the engine's own again. The run stands still in between."""
 
     work: Callable[[], Any]
     finish: Callable[[Any], Done]
@@ -74,7 +78,7 @@ def execute(
 
 def _written(run: Run, path: str, **what: Any) -> Files:
     """A folder with the run's state; `what` as adapter_files.write takes it."""
-    model, layout, state = run.model, run.layout, run.live
+    model, layout, state = run.model, run.layout, run.live.to(HOST)
     return Files(
         lambda: adapter_files.write(path, model, layout, state, **what),
         lambda size: Done({"size_bytes": size}),
@@ -91,14 +95,14 @@ def _load(residents: Residents, run: Run, command: LoadState) -> Files:
         return adapter_files.read(
             command.path,
             run.layout,
-            run.model.device,
+            HOST,
             optimizer=command.optimizer,
             gradients=command.gradients,
         )
 
     def finish(state: State) -> Done:
         residents.drop_spill(run)
-        run.replace(state)
+        run.replace(state.to(run.model.device))
         residents.make_room(keep=run.name)
         return Done({})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class State:
     def nbytes(self) -> int:
         tensors = (self.params, self.first, self.second, self.gradient)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def to(self, device: torch.device) -> State:
+        """The same there; the tensors themselves where they are there already."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return State(*(part.to(device) if isinstance(part, Tensor) else part for part in parts))  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)

@@ -7,16 +7,23 @@ come back from their checkpoint's folder, or from a file that is written when th
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tinsmith.engine import adapter_files
 from tinsmith.engine.adapter_files import FolderError
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights, Layout
+from tinsmith.engine.runs import State
+
+HOST = torch.device("cpu")
+Read = State | dict[str, Tensor]  # of a checkpoint's folder, or of a file that was written for want of room
 
 
 @dataclass(slots=True)
@@ -62,25 +69,42 @@ class Snapshots:
         """The sampler's weights, brought back where they had to make room. Raises KeyError, FolderError."""
         entry = self.entries[name]
         entry.used = clock
-        if entry.weights is None:
-            entry.weights = self._load(entry)
+        if (read := self.absent(name)) is not None:
+            self.bring_back(entry, read())
+        assert entry.weights is not None
         return entry.model, entry.weights
 
-    def _load(self, entry: Snapshot) -> AdapterWeights:
-        model = entry.model
+    def absent(self, name: str) -> Callable[[], Read] | None:
+        """Where the sampler's weights are not in memory, and not to be had from another one's: the function
+        that reads them, for `bring_back`; it knows no device. Raises KeyError, FolderError."""
+        entry = self.entries[name]
+        if entry.weights is not None:
+            return None
         if entry.folder is None:
             if entry.spilled is None:
                 raise FolderError("the sampler's weights are gone")
-            return AdapterWeights.restore(load_file(entry.spilled), model.device)
+            spilled = entry.spilled
+            return lambda: load_file(spilled)
+        entry.weights = self._digests.get(self._key(entry.folder, entry.model))
+        if entry.weights is not None:
+            return None
+        folder, layout = entry.folder, entry.layout
+        return lambda: adapter_files.read(folder, layout, HOST, optimizer=False, gradients=False)
+
+    def bring_back(self, entry: Snapshot, found: Read) -> None:
+        """Make the weights of what was read of them, unless they have become known meanwhile."""
+        model = entry.model
+        if isinstance(found, dict):
+            entry.weights = AdapterWeights.restore(found, model.device)
+            return
+        assert entry.folder is not None
         key = self._key(entry.folder, model)
-        shared = self._digests.get(key)
-        if shared is None:
-            state = adapter_files.read(
-                entry.folder, entry.layout, model.device, optimizer=False, gradients=False
-            )
-            shared = AdapterWeights(entry.layout, state.params, model.dtype, model.device)
-            self._digests[key] = shared
-        return shared
+        weights = self._digests.get(key)
+        if weights is None:
+            params = found.params.to(model.device)
+            weights = AdapterWeights(entry.layout, params, model.dtype, model.device)
+            self._digests[key] = weights
+        entry.weights = weights
 
     def _key(self, folder: str, model: BaseModel) -> tuple[str, str]:
         spec, digest = adapter_files.read_spec(folder, model)
