@@ -61,6 +61,17 @@ def test_the_shortest_script_runs(shipped: Server, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.slow
+def test_a_hundred_calls_do_as_documented(shipped: Server, tmp_path: Path) -> None:
+    name = "tinsmith/tin-5m"  # under which a SamplingClient looks for its tokenizer
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).symlink_to(SHIPPED)
+    out, _ = run(shipped, "hundred_calls.py", tmp_path)
+    assert int(out.splitlines()[-1].split()[0]) >= 100
+    text = (ROOT / "examples" / "hundred_calls.py").read_text()
+    assert "tinsmith" not in text.lower()
+
+
 @pytest.mark.parametrize("name", ["sft.py", "rl.py", "hello.py"])
 def test_an_example_is_short_and_needs_the_sdk_alone(name: str) -> None:
     text = (ROOT / "examples" / name).read_text()
