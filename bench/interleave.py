@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import shutil
 import subprocess
@@ -142,6 +143,8 @@ def measure(folder: Path, seconds: float) -> tuple[dict[str, Figures], float]:
     from tinsmith.engine.rounds import SHARED_PASS_ROWS
 
     runs, found = Runs(folder, 1), {}
+    gc.collect()
+    gc.freeze()  # as the engine's process does
     with tempfile.TemporaryDirectory() as saved:
         for name in LOADS:
             load = Load(runs, body(LENGTHS), Path(saved))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import queue
 import signal
@@ -31,7 +32,8 @@ from tinsmith.engine.process import EngineStartError, ProcessEngine, _cores, _cp
 
 
 class EchoEngine:
-    """Answers a step later, with what it was told; "slow" takes its time, "die" dies."""
+    """Answers a step later, with what it was told; "slow" takes its time, "die" dies, "frozen" says what the
+    collection of garbage does not look at."""
 
     def __init__(self, config: EngineConfig) -> None:
         if config.models:
@@ -51,7 +53,7 @@ class EchoEngine:
             time.sleep(0.5)
         if command.run == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        answer(Done(command.body))
+        answer(Done(gc.get_freeze_count() if command.run == "frozen" else command.body))
         return bool(self.todo)
 
 
@@ -265,6 +267,16 @@ class TestStart:
                 await bad.start()
 
         asyncio.run(main())
+
+
+def test_what_was_loaded_is_no_work_for_the_collection_of_garbage() -> None:
+    async def scenario() -> None:
+        async with running() as engine:
+            reply = await engine.submit(told("frozen"))
+            assert isinstance(reply, Done)
+            assert reply.payload > 10_000  # type: ignore[operator]
+
+    asyncio.run(scenario())
 
 
 def test_steps_do_not_wait_until_a_flood_of_commands_is_taken() -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import importlib
 import logging
 import os
@@ -355,6 +356,8 @@ def _build(config: EngineConfig, factory: str, say: Callable[[str, object], None
     module, _, name = factory.partition(":")
     try:
         engine: _Drivable = getattr(importlib.import_module(module), name)(config)
+        gc.collect()
+        gc.freeze()  # a full collection looks at a third of a million objects that stay, and takes 0.15 s
         say("ready", engine.info())
     except Exception as error:
         log.debug("the engine could not start", exc_info=True)
