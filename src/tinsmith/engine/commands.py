@@ -386,6 +386,8 @@ class ModelInfo:
     not_trainable: str = ""  # why no run can be made of it here; empty where one can
     not_sampleable: str = ""
     active_parameters: int = 0  # that a token meets: of experts, those that it goes to
+    text_path: str = ""  # a folder with its tokenizer.json, for those who speak text
+    no_text: str = ""  # why there is none
     end_tokens: tuple[int, ...] = ()  # ids that end what is sampled, where a request names no stops
 
 

@@ -63,6 +63,7 @@ from tinsmith.engine.runs import Answer, Run
 from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.shares import Shares
 from tinsmith.engine.snapshots import Read
+from tinsmith.engine.text_folder import text_folder
 from tinsmith.engine.training import peak_bytes
 from tinsmith.wire.training import ContentError
 
@@ -148,6 +149,7 @@ class Engine:
         )
 
     def _model_info(self, model: BaseModel) -> ModelInfo:
+        text_path, no_text = text_folder(model.folder, model.tokenizer, Path(self.config.spill_dir))
         return ModelInfo(
             name=model.name,
             path=model.path,
@@ -166,6 +168,8 @@ class Engine:
             no_images="" if model.vision is not None else model.no_images,
             not_trainable=self._not_trainable(model),
             not_sampleable=self._not_sampleable(model),
+            text_path=text_path,
+            no_text=no_text,
             end_tokens=model.eos_token_ids,
         )
 

@@ -102,9 +102,13 @@ class Completions:
         return Target(model, base_model, model_path, await self.tokenizer(model))
 
     async def tokenizer(self, model: ModelInfo) -> Tokenizer:
+        if model.no_text:
+            raise Refused(
+                f"model: {model.name} takes no text: {model.no_text}; send token ids by Tinker's API"
+            )
         task = self._tokenizers.get(model.name)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            load = asyncio.to_thread(Tokenizer.load, model.tokenizer_path)
+            load = asyncio.to_thread(Tokenizer.load, model.text_path)
             task = self._tokenizers[model.name] = asyncio.get_running_loop().create_task(load)
         try:
             return await asyncio.shield(task)

@@ -107,6 +107,7 @@ class BaseModel:
             self.fingerprint = fingerprint(found.folder)
         except ModelError as error:
             raise error.of(name) from error
+        self.folder = found.folder
         if sees(self.module.config):
             try:
                 self.vision = Vision(self.module, str(found.folder), self.vocab_size, device)
