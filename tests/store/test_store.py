@@ -15,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from tinsmith.store import Store, checkpoints, commands, projects, runs, sessions, traces
-from tinsmith.store.checkpoints import CheckpointRow
+from tinsmith.store.checkpoints import CheckpointRow, Replaced
 from tinsmith.store.commands import CommandRow
 from tinsmith.store.database import migrate
 from tinsmith.store.runs import RunRow
@@ -236,17 +236,17 @@ def _checkpoint(run: RunRow, id_: str, **more: object) -> CheckpointRow:
     return CheckpointRow(**fields)  # type: ignore[arg-type]
 
 
-def test_one_name_may_be_both_a_state_and_a_sampler_and_overwriting_answers_the_old_folder(
+def test_one_name_may_be_both_a_state_and_a_sampler_and_overwriting_answers_the_old_one(
     store: Store, run: RunRow
 ) -> None:
-    def write(connection: sa.Connection) -> list[str | None]:
+    def write(connection: sa.Connection) -> list[Replaced | None]:
         return [
             checkpoints.add(connection, _checkpoint(run, "a")),
             checkpoints.add(connection, _checkpoint(run, "b", kind="sampler")),
             checkpoints.add(connection, _checkpoint(run, "c", seq_id=2)),
         ]
 
-    assert store.write_now(write) == [None, None, "checkpoints/a"]
+    assert store.write_now(write) == [None, None, Replaced("a", "checkpoints/a")]
     path = TinkerPath(run.id, "training", "n")
     found = store.write_now(lambda connection: checkpoints.find(connection, path, SERVER, 2.0))
     assert found == _checkpoint(run, "c", seq_id=2)

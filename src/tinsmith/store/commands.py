@@ -39,21 +39,38 @@ class CommandRow:
 
 _COLUMNS = [commands.c[name] for name in CommandRow.__dataclass_fields__]
 _SELECT = sa.select(*_COLUMNS)
+# What every request needs is built once: building a statement takes longer than carrying it out.
+_TAKEN = sa.select(commands.c.request_id).where(
+    commands.c.run_id == sa.bindparam("run"), commands.c.seq_id == sa.bindparam("seq")
+)
+_LOG = commands.insert()
+_FINISH = (
+    commands.update()
+    .where(commands.c.request_id == sa.bindparam("request"), commands.c.status == "queued")
+    .values(
+        {
+            name: sa.bindparam(f"new_{name}")
+            for name in (
+                "status", "result", "result_key", "result_type", "usage", "error", "category", "finished_at",
+            )
+        }
+    )
+    .returning(commands.c.kind)
+)  # fmt: skip
+_FETCHED = (
+    commands.update()
+    .where(commands.c.request_id == sa.bindparam("request"), commands.c.fetched_at.is_(None))
+    .values(fetched_at=sa.bindparam("at"))
+)
 
 
 def add(connection: sa.Connection, row: CommandRow) -> str | None:
     """Log a command. Where its place in its run is taken, nothing changes and the request id of the
     one that took it comes back."""
-    taken = connection.scalar(
-        sa.select(commands.c.request_id).where(
-            commands.c.run_id == row.run_id, commands.c.seq_id == row.seq_id
-        )
-    )
+    taken = connection.scalar(_TAKEN, {"run": row.run_id, "seq": row.seq_id})
     if taken is not None:
         return str(taken)
-    connection.execute(
-        commands.insert().values({name: getattr(row, name) for name in CommandRow.__dataclass_fields__})
-    )
+    connection.execute(_LOG, {name: getattr(row, name) for name in CommandRow.__dataclass_fields__})
     return None
 
 
@@ -71,19 +88,18 @@ def finish(
 ) -> str | None:
     """Write down what became of a command. Answers its kind; none where that was known already."""
     kind: str | None = connection.scalar(
-        commands.update()
-        .where(commands.c.request_id == request_id, commands.c.status == "queued")
-        .values(
-            status="done" if error is None else "failed",
-            result=result,
-            result_key=result_key,
-            result_type=result_type,
-            usage=json.dumps(dict(usage)) if usage else None,
-            error=error,
-            category=category,
-            finished_at=now,
-        )
-        .returning(commands.c.kind)
+        _FINISH,
+        {
+            "request": request_id,
+            "new_status": "done" if error is None else "failed",
+            "new_result": result,
+            "new_result_key": result_key,
+            "new_result_type": result_type,
+            "new_usage": json.dumps(dict(usage)) if usage else None,
+            "new_error": error,
+            "new_category": category,
+            "new_finished_at": now,
+        },
     )
     return kind
 
@@ -107,12 +123,8 @@ def runs_with_queued(connection: sa.Connection, scope: Scope) -> list[str]:
 
 def fetched(connection: sa.Connection, request_ids: Iterable[str], now: float) -> None:
     """Note that results were fetched. The hour that they are kept begins with the first time."""
-    for request_id in request_ids:
-        connection.execute(
-            commands.update()
-            .where(commands.c.request_id == request_id, commands.c.fetched_at.is_(None))
-            .values(fetched_at=now)
-        )
+    if rows := [{"request": request_id, "at": now} for request_id in request_ids]:
+        connection.execute(_FETCHED, rows)
 
 
 def drop_results(connection: sa.Connection, fetched_before: float, limit: int = 1000) -> list[str]:

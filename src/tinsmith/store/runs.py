@@ -96,8 +96,9 @@ def snapshots(connection: sa.Connection) -> set[str]:
 
 
 def touch(connection: sa.Connection, used: dict[str, float]) -> None:
-    for run_id, when in used.items():
-        connection.execute(runs.update().where(runs.c.id == run_id).values(last_request_at=when))
+    query = runs.update().where(runs.c.id == sa.bindparam("run")).values(last_request_at=sa.bindparam("at"))
+    if rows := [{"run": run_id, "at": when} for run_id, when in used.items()]:
+        connection.execute(query, rows)
 
 
 def page(connection: sa.Connection, scope: Scope, limit: int, offset: int) -> tuple[list[RunRow], int]:
