@@ -66,6 +66,7 @@ def make_world(raw: Raw, mark: str, project: str | None = None) -> Ids:
         "path": paths,
         "upload": [str(upload["upload_id"])],
         "model": [MODEL],
+        "weights": [MODEL, paths[0], paths[1], f"{MODEL};{paths[1]}"],
         "project": [project] if project is not None else [],
     }
 
@@ -141,8 +142,9 @@ class Fuzzer:
         sent = f"{case.body} {case.query} {case.formatted_path}"
         if self._mark.encode() in answer.content and self._mark not in sent:
             why = "another organization's data is in the answer"
-        if answer.status_code >= 400 and b'"detail"' not in answer.content and answer.status_code != 408:
-            why = "a refusal without a detail"
+        says = b'"message"' if " /v1/" in label else b'"detail"'
+        if answer.status_code >= 400 and says not in answer.content and answer.status_code != 408:
+            why = "a refusal that does not say why"
         if why is None:
             return None
         shown = answer.content[:300].decode("utf-8", "replace")

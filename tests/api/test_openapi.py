@@ -10,11 +10,14 @@ import pytest
 from starlette.routing import Route
 
 from tests.harness import Server
+from tinsmith.api import anthropic, openai
 from tinsmith.api.app import _ROUTES
-from tinsmith.api.openapi import ROOT, make_document, path_of
+from tinsmith.api.door_operations import DOORS
+from tinsmith.api.openapi import DOOR, ROOT, make_document, path_of
 from tinsmith.api.operations import OPERATIONS
 
-DOCUMENT = make_document(_ROUTES)
+ROUTES = [*_ROUTES, *openai.ROUTES, *anthropic.ROUTES]
+DOCUMENT = make_document(ROUTES)
 
 
 def test_it_is_served_to_everybody_at_both_addresses(server: Server) -> None:
@@ -28,8 +31,8 @@ def test_every_route_is_in_it_and_nothing_else() -> None:
     def methods(route: Route) -> set[str]:
         return (route.methods or set()) - {"HEAD"}
 
-    routes = {(method, path_of(r)) for r in _ROUTES if r.path.startswith(ROOT) for method in methods(r)}
-    assert routes == set(OPERATIONS)
+    told = [route for route in ROUTES if route.path.startswith((ROOT, DOOR))]
+    assert {(method, path_of(r)) for r in told for method in methods(r)} == set(OPERATIONS | DOORS)
 
 
 def test_its_schemas_are_schemas() -> None:
@@ -49,7 +52,7 @@ def test_every_operation_has_a_name_of_its_own_and_says_who_may() -> None:
 
 @pytest.mark.parametrize("path", ["/", "/below"])
 def test_it_says_below_which_path_it_is_served(path: str) -> None:
-    assert make_document(_ROUTES, path)["servers"] == [{"url": path}]
+    assert make_document(ROUTES, path)["servers"] == [{"url": path}]
 
 
 def _operations() -> list[tuple[str, dict[str, Any]]]:

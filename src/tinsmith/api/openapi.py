@@ -13,11 +13,14 @@ from starlette.routing import Route
 
 from tinsmith import __version__
 
+from .door_operations import DOORS
 from .http import PROTOBUF
-from .operations import CHECKPOINT_NAME, OPERATIONS, Operation
-from .schemas import ERROR, Schema, name_of, one_of, text
+from .operations import CHECKPOINT_NAME, OPERATIONS
+from .schemas import Operation, Schema, name_of, one_of, text
 
 ROOT = "/api/v1/"
+DOOR = "/v1/"  # the doors have other addresses, too
+_KNOWN = OPERATIONS | DOORS
 
 _STATUSES = {
     400: "Something is wrong with the request; `detail` names it and says what would be right",
@@ -28,6 +31,7 @@ _STATUSES = {
     408: "Not yet; ask again",
     409: "It does not go with what is there",
     410: "It existed, and will not come back",
+    413: "The body is longer than this server takes",
     429: "A limit is reached; `Retry-After` says when to try again",
     503: "Not now: the server is starting or stopping",
 }
@@ -40,6 +44,7 @@ _PATH_PARAMETERS: dict[str, Schema] = {
     "kind": one_of("weights", "sampler_weights", "external_weights"),
     "name": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": CHECKPOINT_NAME},
     "checkpoint_id": name_of("checkpoint"),
+    "model": name_of("weights"),
     "file": text(),
     "upload_id": name_of("upload"),
 }
@@ -50,20 +55,23 @@ _BINARY: Schema = {"type": "string", "format": "binary"}
 
 
 def path_of(route: Route) -> str:
-    """A route's path below the root as the document has it: a checkpoint's id in its two parts."""
-    return re.sub(r"\{checkpoint_id:path\}", "{kind}/{name}", route.path.removeprefix(ROOT))
+    """A route's path below the root, or a door's whole, as the document has it: a checkpoint's id in its two
+    parts."""
+    path = route.path.removeprefix(ROOT).replace("{checkpoint_id:path}", "{kind}/{name}")
+    return path.replace(":path}", "}")
 
 
 def make_document(routes: Iterable[Route], root_path: str = "") -> dict[str, Any]:
     """A route that operations.py does not know yet is in it with its path alone; a test wants them all."""
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        if not route.path.startswith(ROOT):
+        if not route.path.startswith((ROOT, DOOR)):
             continue  # the same again, elsewhere
         for method in sorted((route.methods or set()) - {"HEAD"}):
             path = path_of(route)
-            paths.setdefault(ROOT + path, {})[method.lower()] = _operation(
-                path, OPERATIONS.get((method, path), _UNDESCRIBED)
+            whole = path if path.startswith("/") else ROOT + path
+            paths.setdefault(whole, {})[method.lower()] = _operation(
+                path, _KNOWN.get((method, path), _UNDESCRIBED)
             )
     return {
         "openapi": "3.1.0",
@@ -108,7 +116,7 @@ def _operation(path: str, about: Operation) -> dict[str, Any]:
         found["requestBody"] = {"content": {"application/octet-stream": {"schema": _BINARY}}}
     general = _OF_EVERY_KEY if about.key else (400, 503)
     for status in sorted({*general, *about.statuses}):
-        schema = ERROR if status != 408 else {"type": "object"}
+        schema = about.error if status != 408 else {"type": "object"}
         found["responses"][str(status)] = {
             "description": _STATUSES[status],
             "content": {"application/json": {"schema": schema}},
@@ -129,6 +137,8 @@ def _answer(about: Operation) -> dict[str, Any]:
         content = {"application/json": {"schema": about.answer}}
         if about.protobuf_answer is not None:
             content[PROTOBUF] = {"schema": {**_BINARY, "description": about.protobuf_answer}}
+        if about.events:
+            content["text/event-stream"] = {"schema": {"type": "string"}}
     return {"description": "Done", "content": content}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from tinsmith.wire.requests import HOUR, TEN_YEARS
 from tinsmith.wire.sample_request import MOST_SAMPLES
 from tinsmith.wire.telemetry import SEVERITIES
@@ -19,6 +17,7 @@ from .schemas import (
     STRING,
     TEXTS,
     TIME,
+    Operation,
     Schema,
     array,
     integer,
@@ -33,25 +32,6 @@ from .schemas import (
 
 CHECKPOINT_NAME = r"^[A-Za-z0-9_.\-+=@,:~ ]*[A-Za-z0-9_\-+=@,:~][A-Za-z0-9_.\-+=@,:~ ]*$"
 _PATH = r"^tinker://[^/]+/(weights|sampler_weights|external_weights)/[^/]+$"
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One method of one path. `body` is JSON; `protobuf` says that it may be a serialized message, too, or
-    that the answer may. `statuses` are those beside 200 and the ones that every route has."""
-
-    summary: str
-    tag: str
-    body: Schema | None = None
-    answer: Schema = field(default_factory=dict)
-    query: dict[str, Schema] = field(default_factory=dict)
-    required_query: tuple[str, ...] = ()
-    statuses: tuple[int, ...] = ()
-    key: bool = True
-    protobuf_body: str | None = None
-    protobuf_answer: str | None = None
-    binary_body: bool = False
-    files: bool = False
 
 
 _EMPTY = record({})

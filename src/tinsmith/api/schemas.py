@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Schema = dict[str, Any]
 
 # What an id names. A test puts in there what it is not to see; see tests/api/test_isolation.py.
-Named = Literal["session", "run", "sampler", "request", "path", "checkpoint", "project", "model", "upload"]
+Named = Literal[
+    "session", "run", "sampler", "request", "path", "checkpoint", "project", "model", "weights", "upload"
+]
 
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
@@ -67,3 +70,24 @@ METADATA = mapping(ANY)
 TEXTS = mapping(STRING)
 CURSOR = record({"offset": INTEGER, "limit": INTEGER, "total_count": INTEGER})
 ERROR = record({"detail": STRING})
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one path. `body` is JSON; `protobuf` says that it may be a serialized message, too, or
+    that the answer may. `statuses` are those beside 200 and the ones that every route has."""
+
+    summary: str
+    tag: str
+    body: Schema | None = None
+    answer: Schema = field(default_factory=dict)
+    query: dict[str, Schema] = field(default_factory=dict)
+    required_query: tuple[str, ...] = ()
+    statuses: tuple[int, ...] = ()
+    key: bool = True
+    protobuf_body: str | None = None
+    protobuf_answer: str | None = None
+    binary_body: bool = False
+    files: bool = False
+    events: bool = False  # the answer may be a stream of events
+    error: Schema = field(default_factory=lambda: ERROR)
