@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import tinker
@@ -89,6 +90,57 @@ def test_what_happened_to_a_checkpoint_names_it_and_who_did_it(
         assert actor["key_id"]
         assert entry.event_details["outcome"] == "success"
     assert log[3].event_details["action"] == {"type": "ttl_set", "ttl_seconds": 7200}
+
+
+def test_moves_copies_and_replacements_are_in_it(server: Server, org: str, boss: str, clerk: str) -> None:
+    raw = server.raw(clerk)
+    session = raw.session()
+    run = raw.run(session)
+    path = raw.result(raw.save(run, 1, "d"))["path"]
+    assert raw.result(raw.save(run, 2, "d", overwrite=True))["path"] == path
+    assert raw.http.put(f"sessions/{session}/project", json={"project_id": "papers"}).status_code == 200
+    copy = raw.ok("copy_weights", {"source_path": path, "destination_project_id": "papers"})["tinker_path"]
+    # Another organization, with a key of this one: both are told.
+    stranger = server.new_key("reads with a key")
+    other = {"source_path": path, "destination_project_id": "Default", "weights_access_token": clerk}
+    assert server.raw(stranger).post("copy_weights", other).status_code == 200
+    load = {"model_seq_id": 0, "path": path, "optimizer": False, "weights_access_token": clerk}
+    theirs = server.raw(stranger)
+    loaded = theirs.ok("load_weights", {"session_id": theirs.session(), **load})
+    assert "error" not in theirs.result(loaded["request_id"])
+    log = entries(server, boss)
+    about = {p: [e.event for e in log if e.tinker_path == p] for p in (path, copy)}
+    assert about[path] == ["checkpoint_overwrite", "checkpoint_read", "checkpoint_read"]
+    assert [e.purpose for e in log if e.tinker_path == path][1:] == ["copy", "training"]
+    assert about[copy] == ["checkpoint_copy"]
+    assert [e.event_details["session_id"] for e in log if e.event == "session_move"] == [session]
+
+
+def test_samples_from_weights_are_told_once_and_what_is_not_there_is_not(
+    server: Server, boss: str, clerk: str
+) -> None:
+    raw = server.raw(clerk)
+    run = raw.run(raw.session())
+    save = {"model_id": run, "seq_id": 1, "path": "e"}
+    path = raw.result(raw.ok("save_weights_for_sampler", save)["request_id"])["path"]
+    sample = {"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1]}]}, "model_path": path}
+    for _ in range(3):
+        raw.result(raw.ok("asample", {**sample, "sampling_params": {"max_tokens": 1}})["request_id"])
+    missing = path.replace("/e", "/none")
+    assert raw.post("asample", {**sample, "model_path": missing}).status_code == 404
+    load = {"session_id": raw.session(), "model_seq_id": 0, "path": missing}
+    assert "error" in raw.result(raw.ok("load_weights", load)["request_id"])
+    log = entries(server, boss, event_type="checkpoints")
+    assert [(e.event, e.purpose) for e in log if e.tinker_path == path] == [("checkpoint_read", "sampling")]
+    assert not [e for e in log if e.tinker_path == missing]
+
+
+def test_what_an_operator_takes_away_is_in_it(server: Server, boss: str, tmp_path: Path) -> None:
+    server.operate("backup", "--out", str(tmp_path / "copy"))
+    (entry,) = [entry for entry in entries(server, boss) if entry.event == "organization_backup"]
+    actor = entry.event_details["actor"]
+    assert isinstance(actor, dict)
+    assert actor["type"] == "operator"
 
 
 def test_events_can_be_asked_for_by_type_and_day(server: Server, boss: str, checkpoint: str) -> None:

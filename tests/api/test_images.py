@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -71,6 +72,20 @@ def test_training_on_an_image_makes_the_answer_likelier_in_sampling(client: tink
     assert sampler.compute_logprobs(longer).result()[-1] == trained[-1]
     out = sampler.sample(prompt, 2, types.SamplingParams(max_tokens=3, seed=1)).result()
     assert [len(sequence.tokens) for sequence in out.sequences] == [3, 3]
+
+
+def test_an_image_counts_as_its_places_in_the_books(server: Server) -> None:
+    with server.sdk(server.new_key("seer")) as client:
+        training = client.create_lora_training_client(MODEL, rank=4, seed=1).result()
+        training.forward_backward([datum(seen()), datum(seen())], "cross_entropy").result()
+        sampler = client.create_sampling_client(base_model=MODEL).result()
+        params = types.SamplingParams(max_tokens=3, seed=1, stop=[])
+        for _ in range(2):  # less than a page of the cache: computed each time
+            sampler.sample(seen(), 4, params).result()
+    (row,) = json.loads(server.operate("usage", "--org", "seer", "--json"))
+    counted = {kind: row[kind] for kind in ("train", "prefill", "cached_prefill", "sample")}
+    places = TOKENS + 5
+    assert counted == {"train": 2 * places, "prefill": 2 * places, "cached_prefill": 0, "sample": 24}
 
 
 @pytest.mark.parametrize(

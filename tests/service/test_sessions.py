@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.harness import Raw, Server, training_body, wait_for
+from tests.harness import Raw, Server, detail, training_body, wait_for
 
 SAMPLE = {
     "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]},
@@ -122,6 +123,32 @@ def test_a_cancelled_sample_fails_and_stops(server: Server) -> None:
     assert raw.result(request_id) == {"error": "cancelled", "category": "user"}
     wait_for(lambda: _status(raw)["engine"]["samples_pending"] == 0, 5.0, "it to stop")  # type: ignore[index]
     assert raw.post("cancel_future", {"request_id": "unknown:sample:0:0"}).is_success
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_sampler_whose_checkpoint_is_gone_says_so_at_once(server: Server, how: str) -> None:
+    raw = server.raw()
+    session = raw.session()
+    run = raw.run(session)
+    save = {"model_id": run, "path": "w", "overwrite": True}
+    path = raw.result(raw.ok("save_weights_for_sampler", {**save, "seq_id": 1})["request_id"])["path"]
+
+    def sampler(place: int) -> str:
+        body = {"session_id": session, "sampling_session_seq_id": place, "model_path": path}
+        return str(raw.ok("create_sampling_session", body)["sampling_session_id"])
+
+    def sample(of: str, seq_id: int) -> httpx.Response:
+        return raw.post("asample", {**SAMPLE, "sampling_session_id": of, "seq_id": seq_id})
+
+    old = sampler(0)
+    assert "protobuf" in raw.result(sample(old, 0).json()["request_id"])
+    if how == "deleted":
+        assert raw.http.delete(f"training_runs/{run}/checkpoints/sampler_weights/w").is_success
+    else:
+        raw.result(raw.ok("save_weights_for_sampler", {**save, "seq_id": 2})["request_id"])
+        assert "protobuf" in raw.result(sample(sampler(1), 0).json()["request_id"])
+    answer = sample(old, 1)
+    assert (answer.status_code, f"{path} is gone" in detail(answer)) == (410, True)
 
 
 def test_results_are_kept_for_a_while_after_they_were_fetched(brisk: Server) -> None:

@@ -51,7 +51,7 @@ _ROUTES = [
     route("sessions", sessions.list_, method="GET"),
     route("sessions/search", sessions.search),
     route("sessions/{session_id}", sessions.get, method="GET"),
-    route("sessions/{session_id}/project", sessions.move, method="PUT"),
+    route("sessions/{session_id}/project", sessions.move, method="PUT", act="session move"),
     route("sessions/{session_id}/finish", sessions.finish, counted=False),
     route("sessions/{session_id}/trace_export", sessions.export_trace, method="GET"),
     signed_route("traces/{name}", sessions.download_trace, method="GET"),
@@ -77,7 +77,7 @@ _ROUTES = [
     route("cancel_future", futures.cancel, counted=False),
     # Runs and checkpoints
     route("weights_info", checkpoints.weights_info),
-    route("copy_weights", checkpoints.copy),
+    route("copy_weights", checkpoints.copy, act="checkpoint copy"),
     route("training_runs", checkpoints.list_runs, method="GET"),
     route("training_runs/{run_id}", checkpoints.get_run, method="GET"),
     route("training_runs/{run_id}/checkpoints", checkpoints.list_of_run, method="GET"),
@@ -147,5 +147,5 @@ def make_app(service: Service, root_path: str = "", tracer: Tracer | None = None
         middleware=[Middleware(Observe, metrics=service.metrics, tracer=tracer)],
     )
     app.state.service = service
-    app.state.openapi = openapi.encode_document(_ROUTES, root_path)
+    app.state.openapi = openapi.encode_document(routes, root_path)
     return app

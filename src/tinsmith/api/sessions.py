@@ -5,7 +5,6 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from tinsmith.service.errors import Gone
 from tinsmith.service.service import Service
 from tinsmith.service.sessions import FoundSession
 from tinsmith.wire.requests import CreateSession, FinishSession
@@ -30,10 +29,7 @@ async def create(call: Call) -> Response:
 
 async def heartbeat(call: Call) -> Response:
     session_id = (await call.fields()).text("session_id")
-    row = await call.service.sessions.get(call.caller, session_id)
-    if row.finished_at is not None:
-        raise Gone(f"session_id: the session {session_id} has finished")
-    call.service.sessions.seen(session_id)
+    await call.service.sessions.heard_of(call.caller, session_id)
     return json_response({"type": "session_heartbeat"})
 
 

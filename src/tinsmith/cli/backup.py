@@ -7,8 +7,10 @@ import signal
 import sys
 from pathlib import Path
 
+from tinsmith.service.audit import record_everywhere
 from tinsmith.service.backup import BackupError, Summary, backup, restore
 
+from .office import log_act
 from .options import add_settings, read_settings
 
 
@@ -33,6 +35,7 @@ def _backup(arguments: argparse.Namespace) -> int:
     except BackupError as error:
         print(f"tinsmith: {error}", file=sys.stderr)
         return 1
+    log_act(data, lambda connection, actor: record_everywhere(connection, actor, "backup"))
     _warn(summary)
     print(f"copied {data} to {arguments.out}: {_told(summary)}")
     return 0
@@ -46,6 +49,7 @@ def _restore(arguments: argparse.Namespace) -> int:
     except BackupError as error:
         print(f"tinsmith: {error}", file=sys.stderr)
         return 1
+    log_act(data, lambda connection, actor: record_everywhere(connection, actor, "restore"))
     _warn(summary)
     print(f"restored {arguments.source} to {data}: {_told(summary)}")
     return 0

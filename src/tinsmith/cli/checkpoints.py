@@ -9,12 +9,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinsmith.service.audit import about_checkpoint, record
 from tinsmith.settings import SHIPPED_FOLDER, SHIPPED_MODEL, Settings, SettingsError, parse_model
 from tinsmith.store import checkpoints, reading, runs
 from tinsmith.store.scope import SERVER
 from tinsmith.wire.errors import WireError
 from tinsmith.wire.paths import TinkerPath
 
+from .office import log_act
 from .options import add_settings, read_settings
 
 
@@ -45,6 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 class _Source:
     folder: Path
     base_model: str
+    org_id: str | None = None  # whose it is; None for a folder that is no data folder's
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -74,6 +77,14 @@ def _export(arguments: argparse.Namespace) -> int:
         return 1
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
+    if source.org_id is not None:
+        org_id, path, how = source.org_id, TinkerPath.parse(arguments.path), {"format": arguments.form}
+        log_act(
+            settings.data,
+            lambda connection, actor: record(
+                connection, actor, org_id, "checkpoint", "export", about_checkpoint(path), how
+            ),
+        )
     print(arguments.out)
     return 0
 
@@ -91,7 +102,7 @@ def _find(path: str, settings: Settings) -> _Source:
         run = runs.get(connection, wanted.run, SERVER)
     if row is None or run is None:
         raise _NotFound(f"there is no checkpoint {path} in {settings.data}")
-    return _Source(settings.data / "blobs" / row.folder, run.base_model)
+    return _Source(settings.data / "blobs" / row.folder, run.base_model, row.org_id)
 
 
 def _of_folder(folder: Path) -> _Source:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from tinsmith.service.administration import Administration
@@ -18,7 +19,7 @@ from tinsmith.service.audit import Actor
 from tinsmith.service.key_administration import KeyAdministration
 from tinsmith.service.limit_administration import LimitAdministration
 from tinsmith.service.named import AdminError
-from tinsmith.store import Connection, Store
+from tinsmith.store import Connection, DatabaseError, Store, WriteFailed
 
 from .options import add_settings, read_settings
 
@@ -112,6 +113,19 @@ def _open(arguments: argparse.Namespace) -> Iterator[Office]:
         yield Office(store, arguments.json)
     finally:
         store.close()
+
+
+def log_act(data: Path, work: Callable[[Connection, Actor], None]) -> None:
+    """Write something that was done with a data folder into its audit log, where the folder takes it."""
+    actor = Actor.operator(getpass.getuser())
+    try:
+        store = Store.open(Store.local_url(data))
+        try:
+            store.write_now(lambda connection: work(connection, actor))
+        finally:
+            store.close()
+    except (WriteFailed, DatabaseError, OSError) as error:
+        print(f"note: the audit log could not be written: {error}", file=sys.stderr)
 
 
 def needs_yes(arguments: argparse.Namespace, what: str) -> None:

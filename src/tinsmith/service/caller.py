@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tinsmith.store.people import Role
-from tinsmith.store.scope import Scope
+from tinsmith.store.scope import Owned, Scope
 
-from .access import OrgRight, Right
+from .access import OrgRight, Right, left_by
 from .errors import Forbidden
 from .limits import Who
 
@@ -52,6 +52,12 @@ class Caller:
         """Raises Forbidden where the caller may not do this in a project that it knows of."""
         if not self.may(project_id, right):
             raise Forbidden(f"this needs {_NEEDED[right]} in the project {project_id}; {self._why()}")
+
+    def require_over(self, row: Owned) -> None:
+        """Raises Forbidden unless the caller may end or steer somebody's work: its user's own, whatever has
+        become of its role since, or anybody's where it may work."""
+        if row.user_id != self.user_id or "sample" not in left_by(self.scopes):
+            self.require(row.project_id, "work")
 
     def require_org(self, right: OrgRight) -> None:
         if right not in self.org_rights:

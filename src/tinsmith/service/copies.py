@@ -14,7 +14,7 @@ from tinsmith.store.sessions import SessionRow
 from tinsmith.wire.paths import TinkerPath
 from tinsmith.wire.requests import CopyWeights
 
-from .audit import Actor, about_checkpoint, record
+from .audit import Actor, about_checkpoint, read_by, record, record_reads
 from .caller import Caller
 from .catalog import Catalog
 from .context import Context
@@ -96,16 +96,9 @@ class Copies:
             if not checkpoints.is_there(connection, source.id):
                 raise NotFound(f"source_path: there is no checkpoint {path}")
             checkpoints.add(connection, copy)
-            about = about_checkpoint(copy.path)
-            record(
-                connection,
-                Actor.of(caller),
-                caller.org_id,
-                "checkpoint",
-                "copy",
-                about,
-                {"source": str(path)},
-            )
+            about, how = about_checkpoint(copy.path), {"source": str(path)}
+            record(connection, Actor.of(caller), caller.org_id, "checkpoint", "copy", about, how)
+            record_reads(connection, read_by(caller, reader)[1:], path, "copy")
             return copy
 
         made = await self._context.write(write)

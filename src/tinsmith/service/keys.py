@@ -12,7 +12,7 @@ from tinsmith.store.keys import KeyRow
 
 from .access import ORG_RIGHTS, PROJECT_RIGHTS, left_by
 from .audit import Actor, record
-from .caller import Caller as Caller
+from .caller import Caller
 from .errors import InvalidToken, Unauthorized
 from .identity import Identities, is_token
 

@@ -36,7 +36,7 @@ from .futures import Failure, Pending, PendingRequest, Result
 from .limits import Reached, Who
 from .recorder import Recorder
 from .session_status import failure_of_run
-from .steps import CREATES, Saves, Step, StepMaker
+from .steps import CREATES, Samplers, Saves, Step, StepMaker
 
 log = logging.getLogger("tinsmith.service.run")
 
@@ -67,12 +67,12 @@ class Run:
         context: Context,
         recorder: Recorder,
         row: RunRow,
-        published: Callable[[str], None],
+        samplers: Samplers,
     ) -> None:
         self.row = row
         self._context = context
         self._recorder = recorder
-        self._steps = StepMaker(context, row, Saves(), published)
+        self._steps = StepMaker(context, row, Saves(), samplers)
         self._phase: Phase = _phase_of(row)
         self._snapshot = row.snapshot
         self.next_seq = 0 if self.phase == "fresh" else (row.snapshot_seq or 0) + 1

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,6 +22,7 @@ from .futures import Failure, Outcome, Pending, PendingRequest
 from .recorder import INLINE, Recorder, note_failure
 from .run import Entry, Run
 from .sessions import Sessions
+from .steps import Samplers
 
 log = logging.getLogger("tinsmith.service.runs")
 
@@ -36,10 +36,10 @@ class Receipt:
 
 
 class Runs:
-    def __init__(self, context: Context, sessions: Sessions, published: Callable[[str], None]) -> None:
+    def __init__(self, context: Context, sessions: Sessions, samplers: Samplers) -> None:
         self._context = context
         self._sessions = sessions
-        self._published = published
+        self._samplers = samplers
         self._recorder = Recorder(context)
         self._runs: dict[str, Run] = {}
         self._used: dict[str, float] = {}
@@ -66,7 +66,7 @@ class Runs:
         async def create() -> None:
             if await self._context.write(write):
                 self._trace(row, command, body)
-                self._accept(Run(self._context, self._recorder, row, self._published), command)
+                self._accept(Run(self._context, self._recorder, row, self._samplers), command)
 
         await asyncio.shield(self._context.spawn(create()))
         return Receipt(command.request_id, row.id)
@@ -218,7 +218,7 @@ class Runs:
         row = await store.read(partial(runs.get, run_id=run_id, scope=scope))
         if row is None:
             return None
-        run = Run(self._context, self._recorder, row, self._published)
+        run = Run(self._context, self._recorder, row, self._samplers)
         if await self._sessions.is_finished(row.session_id):
             run.phase = "closed"
         logged = await store.read(partial(commands.of_run, run_id=run_id, scope=scope, since=run.next_seq))

@@ -9,7 +9,7 @@ from collections.abc import Awaitable
 from dataclasses import replace
 
 from tinsmith.engine.commands import EngineLost, Failed, ModelInfo, OpenSampler, ReleaseSampler
-from tinsmith.store import samplers
+from tinsmith.store import checkpoints, samplers
 from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.samplers import SamplingSessionRow
 from tinsmith.store.scope import SERVER
@@ -105,15 +105,34 @@ class Samplers:
 
     async def join(self, caller: Caller, id_: str) -> int:
         row = await self.get(caller, id_)
+        caller.require_over(await self._sessions.get(caller, row.session_id))
         return await self._context.write(lambda connection: samplers.next_clone(connection, row.id))
 
     def published(self, sampler: str) -> None:
         """The engine holds a sampler from now on, because a run has published it."""
         self._open.add(sampler)
 
-    def is_gone(self, row: SamplingSessionRow) -> bool:
-        """Whether these weights were held by the engine alone, and are no more."""
-        return row.ephemeral and row.sampler not in self._open
+    async def why_gone(self, row: SamplingSessionRow) -> str | None:
+        """Whether there are no such weights any more, and why: they were held by the engine alone, or their
+        checkpoint was deleted, replaced, or its time came."""
+        if row.sampler is None or row.sampler in self._open:
+            return None
+        if row.ephemeral:
+            return (
+                f"the weights of {row.id} were never saved under a name, and went with the engine or the"
+                " session that held them; make a new sampling client with"
+                " save_weights_and_get_sampling_client(), or from a checkpoint"
+            )
+        id_ = row.sampler.removeprefix(sampler_of(""))
+        now = time.time()
+        if await self._context.store.read(
+            lambda connection: checkpoints.get(connection, id_, SERVER, now) is not None
+        ):
+            return None
+        return (
+            f"{row.model_path} is gone: it was deleted or replaced since this sampling client was made, or"
+            " its TTL has ended; make a new sampling client from a checkpoint that there is"
+        )
 
     def begin_to_open(self, row: SamplingSessionRow) -> asyncio.Task[str | None] | None:
         """Make the engine know a checkpoint's weights. None where it does."""

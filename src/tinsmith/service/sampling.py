@@ -22,10 +22,12 @@ from tinsmith.store.ledger import Entry
 from tinsmith.store.samplers import SamplingSessionRow
 from tinsmith.store.scope import Owned, Owner
 from tinsmith.wire.errors import WireError
+from tinsmith.wire.paths import TinkerPath
 from tinsmith.wire.requests import RetrieveFutures
 from tinsmith.wire.sample_request import SampleRequest
 
 from .aside import aside_key
+from .audit import AuditLog
 from .caller import Caller
 from .context import Context
 from .errors import Gone
@@ -72,8 +74,9 @@ class _Sample:
 
 
 class Sampling:
-    def __init__(self, context: Context, sessions: Sessions, samplers: Samplers) -> None:
+    def __init__(self, context: Context, sessions: Sessions, samplers: Samplers, audit: AuditLog) -> None:
         self._context = context
+        self._audit = audit
         self._sessions = sessions
         self._samplers = samplers
         self._samples: dict[str, _Sample] = {}
@@ -83,6 +86,7 @@ class Sampling:
         self._bells: dict[str, asyncio.Event] = {}
         sessions.on_finish.append(self._session_ended)
         sessions.on_silence.append(self._session_ended)
+        sessions.on_move.append(self._session_moved)
 
     # Samples
 
@@ -108,17 +112,15 @@ class Sampling:
                 "", caller.org_id, "", 0.0, "", request.model_path, None, None, ephemeral=False
             )
             row = await self._samplers.resolve(caller, row, request.base_model)
+            if row.model_path is not None:
+                self._audit.was_sampled_from(caller, TinkerPath.parse(row.model_path))
             request_id = f"sample:{uuid.uuid4().hex}"
         model = self._samplers.sampleable(row.base_model)
         _check_images(request, model)
         _check_length(request, model)
         _check_top_k(request, model)
-        if self._samplers.is_gone(row):
-            raise Gone(
-                f"sampling_session_id: the weights of {row.id} were never saved under a name, and went with"
-                " the engine or the session that held them; make a new sampling client with"
-                " save_weights_and_get_sampling_client(), or from a checkpoint"
-            )
+        if (why := await self._samplers.why_gone(row)) is not None:
+            raise Gone(f"sampling_session_id: {why}")
         if (known := self._samples.get(request_id)) is not None:
             return _promise(known)
         who = Who(owner.org_id, owner.project_id, row.session_id, owner.user_id, caller.key_id)
@@ -287,6 +289,7 @@ class Sampling:
     ) -> tuple[list[dict[str, object]], int]:
         """Which of a sampling client's requests have ended since a cursor; waits until one has."""
         row = await self._samplers.get(caller, request.sampling_session_id)
+        caller.require_over(await self._sessions.get(caller, row.session_id))
         mine = self._of_session.get(row.session_id, {})
         for request_id in request.retrieved:
             if (sample := mine.get(request_id)) is not None and sample.fetched_at is None:
@@ -319,12 +322,18 @@ class Sampling:
     async def cancel(self, caller: Caller, request_id: str) -> None:
         sample = self._samples.get(request_id)
         if sample is not None and caller.scope().sees(sample.owner):
+            caller.require_over(sample.owner)
             self._cancel(sample)
 
     def _cancel(self, sample: _Sample) -> None:
         if not sample.ended:
             self._end(sample, Failure("cancelled"))
             self._context.spawn(quietly(self._context.engine.submit(Cancel(sample.request.request_id))))
+
+    def _session_moved(self, session_id: str, project_id: str) -> None:
+        """Whoever sees the session sees its samples."""
+        for sample in self._of_session.get(session_id, {}).values():
+            sample.owner = Owner(sample.owner.org_id, project_id, sample.owner.user_id)
 
     async def _session_ended(self, session_id: str) -> None:
         """Nobody waits for this session's samples any more."""

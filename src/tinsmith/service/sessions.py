@@ -158,8 +158,17 @@ class Sessions:
     def seen(self, session_id: str) -> None:
         self._seen[session_id] = time.monotonic()
 
+    async def heard_of(self, caller: Caller, session_id: str) -> None:
+        """Its client lives."""
+        row = await self.get(caller, session_id)
+        caller.require_over(row)
+        if row.finished_at is not None:
+            raise Gone(f"session_id: the session {session_id} has finished")
+        self.seen(session_id)
+
     async def finish(self, caller: Caller, session_id: str, request: FinishSession) -> None:
         row = await self.get(caller, session_id)
+        caller.require_over(row)
         if row.finished_at is not None:
             return
         now = time.time()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 from tinsmith.engine.commands import (
     Command,
@@ -28,7 +28,7 @@ from tinsmith.engine.commands import (
     Share,
 )
 from tinsmith.store import Connection, checkpoints, ledger, runs, samplers
-from tinsmith.store.checkpoints import CheckpointRow
+from tinsmith.store.checkpoints import CheckpointRow, Replaced
 from tinsmith.store.runs import RunRow
 from tinsmith.store.samplers import SamplingSessionRow
 from tinsmith.store.scope import SERVER, Scope
@@ -36,6 +36,7 @@ from tinsmith.wire.optimizers import Family, from_log
 from tinsmith.wire.paths import CheckpointKind, TinkerPath
 
 from .aside import aside_key
+from .audit import Actor, about_checkpoint, record, record_reads
 from .context import Context
 from .errors import Refusal
 from .limits import Who
@@ -88,14 +89,24 @@ class Saves:
             await other.wait()
 
 
+class Samplers(Protocol):
+    """Who is told of what the engine holds to sample from."""
+
+    def published(self, sampler: str) -> None:
+        """The engine holds it from now on."""
+
+    def forget_checkpoint(self, checkpoint_id: str) -> None:
+        """That checkpoint is gone."""
+
+
 @dataclass(slots=True)
 class StepMaker:
-    """Makes the steps of one run. `published` is told of samplers that the engine holds from now on."""
+    """Makes the steps of one run."""
 
     context: Context
     run: RunRow
     saves: Saves
-    published: Callable[[str], None]
+    samplers: Samplers
 
     async def make(self, kind: str, seq_id: int, body: bytes, encoding: str, arrived_at: float) -> Step:
         if kind in ("forward_backward", "forward"):
@@ -146,7 +157,14 @@ class StepMaker:
         load = await self._load(seq_id, values)
         create = self._adapter(LoraSpec(**values["lora"]))
         load.commands = (create, *load.commands)
-        load.commit = lambda connection, _: runs.set_state(connection, self.run.id, "live")
+        noted = load.commit
+        assert noted is not None
+
+        def commit(connection: Connection, done: Done) -> None:
+            runs.set_state(connection, self.run.id, "live")
+            noted(connection, done)
+
+        load.commit = commit
         return load
 
     async def _load(self, seq_id: int, values: dict[str, Any]) -> Step:
@@ -169,6 +187,9 @@ class StepMaker:
         return Step(
             (LoadState(self.run.id, seq_id, str(folder), optimizer=values["optimizer"]),),
             answer=lambda _: {"type": "load_weights", "path": str(path), "model_id": self.run.id},
+            commit=lambda connection, _: record_reads(
+                connection, values.get("read_by", ()), path, "training"
+            ),
         )
 
     async def _save(self, seq_id: int, values: dict[str, Any]) -> Step:
@@ -177,7 +198,7 @@ class StepMaker:
         return Step(
             (SaveState(self.run.id, seq_id, str(folder)),),
             answer=lambda _: {"type": "save_weights", "path": str(row.path)},
-            commit=lambda connection, done: checkpoints.add(connection, _sized(row, done)),
+            commit=self._add(row, values),
             then=lambda replaced: self._saved(release, replaced),
             undo=lambda: self._not_saved(release, row.folder),
         )
@@ -192,7 +213,7 @@ class StepMaker:
                 "path": str(row.path),
                 "size_bytes": _sized(row, done).size_bytes,
             },
-            commit=lambda connection, done: checkpoints.add(connection, _sized(row, done)),
+            commit=self._add(row, values),
             then=lambda replaced: self._saved(release, replaced),
             undo=lambda: self._not_saved(release, row.folder),
         )
@@ -205,13 +226,13 @@ class StepMaker:
         sampler = sampler_of(row.id)
 
         def saved(replaced: object) -> None:
-            self.published(sampler)
+            self.samplers.published(sampler)
             self._saved(release, replaced)
 
         return Step(
             (Publish(self.run.id, seq_id, sampler, str(folder)),),
             answer=lambda _: {"type": "save_weights_for_sampler", "path": str(row.path)},
-            commit=lambda connection, done: checkpoints.add(connection, _sized(row, done)),
+            commit=self._add(row, values),
             then=saved,
             undo=lambda: self._not_saved(release, row.folder),
         )
@@ -241,7 +262,7 @@ class StepMaker:
             (Publish(self.run.id, seq_id, sampler),),
             answer=lambda _: {"type": "save_weights_for_sampler", "sampling_session_id": row.id},
             commit=lambda connection, _: samplers.add(connection, row),
-            then=lambda _: self.published(sampler),
+            then=lambda _: self.samplers.published(sampler),
         )
 
     async def _claim(self, kind: CheckpointKind, name: str, overwrite: bool) -> Callable[[], None]:
@@ -293,10 +314,25 @@ class StepMaker:
         )
         return row, self.context.blobs.path(folder)
 
+    def _add(
+        self, row: CheckpointRow, values: dict[str, Any]
+    ) -> Callable[[Connection, Done], Replaced | None]:
+        """Adds a checkpoint once it is written; answers which one it replaces."""
+
+        def commit(connection: Connection, done: Done) -> Replaced | None:
+            replaced = checkpoints.add(connection, _sized(row, done))
+            if replaced is not None and values.get("by") is not None:
+                actor, about = Actor.from_json(values["by"]), about_checkpoint(row.path)
+                record(connection, actor, row.org_id, "checkpoint", "overwrite", about)
+            return replaced
+
+        return commit
+
     def _saved(self, release: Callable[[], None], replaced: object) -> None:
         release()
-        if isinstance(replaced, str):
-            self.context.spawn(self.context.drop_files(replaced))
+        if isinstance(replaced, Replaced):
+            self.samplers.forget_checkpoint(replaced.id)
+            self.context.spawn(self.context.drop_files(replaced.folder))
 
     def _not_saved(self, release: Callable[[], None], folder: str) -> None:
         release()

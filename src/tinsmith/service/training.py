@@ -25,7 +25,7 @@ from tinsmith.wire.requests import (
     Target,
 )
 
-from .audit import AuditLog
+from .audit import Actor, read_by
 from .caller import Caller
 from .context import Context
 from .errors import Refusal, Unauthorized
@@ -39,13 +39,10 @@ _ALPHA = 32.0
 
 
 class Training:
-    def __init__(
-        self, context: Context, sessions: Sessions, keyring: KeyRing, runs: Runs, audit: AuditLog
-    ) -> None:
+    def __init__(self, context: Context, sessions: Sessions, keyring: KeyRing, runs: Runs) -> None:
         self._context = context
         self._sessions = sessions
         self._keyring = keyring
-        self._audit = audit
         self._runs = runs
 
     # Creating runs
@@ -154,7 +151,10 @@ class Training:
 
     async def save_weights(self, caller: Caller, fields: Fields) -> Receipt:
         return await self._submit_values(
-            caller, Target.read(fields), "save_weights", lambda: _save_values(SaveWeights.read_state(fields))
+            caller,
+            Target.read(fields),
+            "save_weights",
+            lambda: _save_values(caller, SaveWeights.read_state(fields)),
         )
 
     async def save_weights_for_sampler(self, caller: Caller, fields: Fields) -> Receipt:
@@ -167,7 +167,7 @@ class Training:
             if place is None:
                 place = uuid.uuid4().hex
             return {
-                **_save_values(request),
+                **_save_values(caller, request),
                 "sampling_session_id": f"{session_id}:sample:{place}",
                 "inflight": request.inflight,
             }
@@ -177,7 +177,7 @@ class Training:
     async def save_weights_external(self, caller: Caller, fields: Fields) -> Receipt:
         def values() -> dict[str, object]:
             request = SaveExternal.read(fields)
-            return {**_save_values(request.save), "recipients": request.recipients}
+            return {**_save_values(caller, request.save), "recipients": request.recipients}
 
         return await self._submit_values(caller, Target.read(fields), "save_weights_external", values)
 
@@ -210,8 +210,13 @@ class Training:
                 reader = await self._keyring.authenticate(request.weights_access_token)
             except Unauthorized:
                 raise WireError("weights_access_token", "is no valid API key of this server") from None
-        self._audit.was_read(caller, TinkerPath.parse(request.path), "training")
-        return {"path": request.path, "optimizer": request.optimizer, "reader": reader.scope().to_json()}
+        TinkerPath.parse(request.path)
+        return {
+            "path": request.path,
+            "optimizer": request.optimizer,
+            "reader": reader.scope().to_json(),
+            "read_by": read_by(caller, reader),
+        }
 
     async def _submit_values(
         self, caller: Caller, target: Target, kind: str, read: Callable[[], dict[str, object]]
@@ -223,12 +228,14 @@ class Training:
         return await self._runs.submit(caller, target, kind, body, "identity", refusal)
 
 
-def _save_values(request: SaveWeights) -> dict[str, object]:
-    """A save with everything that the server chooses: its folder and its times."""
+def _save_values(caller: Caller, request: SaveWeights) -> dict[str, object]:
+    """A save with everything that the server chooses: its folder and its times. Whoever replaces what is
+    there is named in the audit log."""
     now = time.time()
     return {
         "name": request.name,
         "overwrite": request.overwrite,
+        "by": Actor.of(caller).to_json() if request.overwrite else None,
         "user_metadata": request.user_metadata,
         "checkpoint": uuid.uuid4().hex,
         "created_at": now,

@@ -23,10 +23,11 @@ from tinsmith.wire.fields import Fields
 from tinsmith.wire.paths import TinkerPath
 from tinsmith.wire.requests import LoraConfig
 
+from .audit import Actor, about_checkpoint, record
+from .caller import Caller
 from .context import Context
 from .errors import NotFound, OverLimit, Refused, Unavailable, Unwritable
 from .external import URL_LIFE, Signed
-from .keys import Caller
 from .limits import Who
 from .sessions import Sessions
 from .signing import Signer
@@ -118,7 +119,7 @@ class Uploads:
             async with lock:
                 row = await self._find(caller, upload_id)
                 if row.path is None:
-                    return await self._make(row)
+                    return await self._make(caller, row)
                 return TinkerPath.parse(row.path)
         finally:
             if not lock.locked():
@@ -133,7 +134,7 @@ class Uploads:
         caller.require(row.project_id, "work")
         return row
 
-    async def _make(self, row: UploadRow) -> TinkerPath:
+    async def _make(self, caller: Caller, row: UploadRow) -> TinkerPath:
         source = self._context.blobs.path(row.folder)
         missing = await asyncio.to_thread(_missing, source)
         if missing:
@@ -207,6 +208,8 @@ class Uploads:
             runs.add(connection, run)
             checkpoints.add(connection, checkpoint)
             uploads.finish(connection, row.id, str(checkpoint.path))
+            about = about_checkpoint(checkpoint.path)
+            record(connection, Actor.of(caller), row.org_id, "checkpoint", "upload", about)
 
         try:
             await asyncio.shield(self._context.spawn(self._context.write(write)))

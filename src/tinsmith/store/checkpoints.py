@@ -36,8 +36,16 @@ class CheckpointRow:
         return TinkerPath(self.run_id, self.kind, self.name)
 
 
-def add(connection: sa.Connection, row: CheckpointRow) -> str | None:
-    """Add a checkpoint; one of the same name is replaced, and its folder comes back for deletion."""
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A checkpoint that is gone, because another one of its name was saved."""
+
+    id: str
+    folder: str
+
+
+def add(connection: sa.Connection, row: CheckpointRow) -> Replaced | None:
+    """Add a checkpoint; one of the same name is replaced, and comes back for the deletion of its files."""
     same = (
         (checkpoints.c.run_id == row.run_id)
         & (checkpoints.c.kind == row.kind)
@@ -65,7 +73,7 @@ def add(connection: sa.Connection, row: CheckpointRow) -> str | None:
         )
     )
     ledger.begin_span(connection, row.id, row.run_id, row.size_bytes or 0, now)
-    return None if replaced is None else str(replaced.folder)
+    return None if replaced is None else Replaced(str(replaced.id), str(replaced.folder))
 
 
 def find(
