@@ -295,6 +295,9 @@ PROBES: dict[tuple[str, str], dict[str, Probe]] = {
         "by name": lambda p, x: p.post("create_session", tags=[], sdk_version="x", project_id=x.project_name),
     },
     ("POST", "session_heartbeat"): {"": _in_session("session_heartbeat")},
+    ("POST", "telemetry"): {
+        "": _in_session("telemetry", events=[], platform="Linux", sdk_version="x"),
+    },
     ("POST", "sessions/search"): {
         "id": _search("sessions/search", session_id="{session}"),
         "name": _search("sessions/search", display_name="{mark}"),
@@ -473,7 +476,6 @@ NAMELESS: dict[tuple[str, str], Callable[[Prober], httpx.Response]] = {
     ("POST", "client/config"): lambda p: p.post("client/config"),
     ("POST", "client/dynamic_config"): lambda p: p.post("client/dynamic_config"),
     ("GET", "get_server_capabilities"): lambda p: p.raw.get("get_server_capabilities"),
-    ("POST", "telemetry"): lambda p: p.post("telemetry"),
     ("GET", "status"): lambda p: p.raw.get("status"),
     ("POST", "auth/token"): lambda p: p.post("auth/token"),
     ("GET", "auth/apikey/me"): lambda p: p.raw.get("auth/apikey/me"),

@@ -118,6 +118,7 @@ def test_what_is_anothers_is_not_told_unasked(
 
 EVERY = None
 VIEWER: dict[str, set[str] | None] = {
+    "POST telemetry": EVERY,  # is the caller's own, whatever session it names
     "POST sessions/search": EVERY,
     "GET sessions/{session_id}": EVERY,
     "GET sessions/{session_id}/trace_export": EVERY,

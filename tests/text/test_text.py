@@ -11,7 +11,7 @@ import pytest
 import tinsmith
 from tinsmith.text.thinking import Thinking, Thought
 from tinsmith.text.tokenizer import Detokenizer, TextError, Tokenizer
-from tinsmith.text.tool_calls import ToolCall, ToolCalls, known_format
+from tinsmith.text.tool_calls import ToolCall, ToolCalls, format_of
 
 MODEL = Path(tinsmith.__file__).parent / "assets" / "models" / "tin-5m"
 
@@ -96,7 +96,54 @@ def in_pieces(parser: ToolCalls | Thinking, text: str, size: int) -> list:
     ],
 )
 def test_tool_calls_are_found_however_the_text_is_cut(text: str, parts: list, size: int) -> None:
-    assert in_pieces(ToolCalls(), text, size) == parts
+    assert in_pieces(parser_of("<tool_call>"), text, size) == parts
+
+
+def parser_of(template: str) -> ToolCalls:
+    found = format_of(template)
+    assert found is not None
+    return found.parser()
+
+
+LLAMA_F = '{"name": "f", "parameters": {"a": [1]}}'
+LLAMA = '<|start_header_id|> respond with {"name": function name, "parameters": dictionary}'
+DEEPSEEK = "<｜tool▁{}｜>".format
+KIMI = "<|tool_call_begin|>"
+F, G = ToolCall("f", '{"a": [1]}'), ToolCall("g", "{}")
+
+
+def deepseek(*calls: str) -> str:
+    begin, end = DEEPSEEK("call▁begin"), DEEPSEEK("call▁end")
+    inner = "\n".join(f"{begin}{call}{end}" for call in calls)
+    return DEEPSEEK("calls▁begin") + inner + DEEPSEEK("calls▁end")
+
+
+SEP = DEEPSEEK("sep")
+KIMI_TEXT = (
+    "ok<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
+    '{"a": [1]}<|tool_call_end|><|tool_call_begin|>functions.g:1<|tool_call_argument_begin|>{}'
+    "<|tool_call_end|>"
+    "<|tool_calls_section_end|>"
+)
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+@pytest.mark.parametrize(
+    ("template", "text", "parts"),
+    [
+        (LLAMA, LLAMA_F, [F]),
+        (LLAMA, f'<|python_tag|>{LLAMA_F}; {{"name": "g", "parameters": {{}}}}', [F, G]),
+        (LLAMA, "Hello {", ["Hello {"]),
+        (LLAMA, '{"city": 1}', ['{"city": 1}']),
+        (LLAMA, '{"name": "f", "parameters": {}} and text', ['{"name": "f", "parameters": {}} and text']),
+        (DEEPSEEK("call▁begin"), "so:" + deepseek(f'function{SEP}f\n```json\n{{"a": [1]}}\n```'), ["so:", F]),
+        (DEEPSEEK("call▁begin"), deepseek(f'f{SEP}{{"a": [1]}}', f"g{SEP}{{}}"), [F, "\n", G]),
+        (KIMI, KIMI_TEXT, ["ok", F, G]),
+        (KIMI, "<|tool_call_begin|>odd<|tool_call_end|>", ["<|tool_call_begin|>odd<|tool_call_end|>"]),
+    ],
+)  # fmt: skip
+def test_other_formats_are_read_too(template: str, text: str, parts: list, size: int) -> None:
+    assert in_pieces(parser_of(template), text, size) == parts
 
 
 @pytest.mark.parametrize("size", [1, 4, 1000])
@@ -115,7 +162,13 @@ def test_thoughts_are_parted_from_the_answer(text: str, begun: bool, parts: list
 
 
 def test_formats_between_the_same_tags_are_told_apart() -> None:
-    assert known_format("... <tool_call>{...}")
-    assert not known_format("<tool_call><function=f>")
-    assert not known_format("{{ messages }}")
-    assert not known_format(None)
+    assert format_of("... <tool_call>{...}") is not None
+    for other in ("<tool_call><function=f>", "<tool_call>{{ arg_key }}", "{{ messages }}", None):
+        assert format_of(other) is None
+
+
+def test_special_tokens_are_text_where_they_are_wanted(tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.encode("a"), *tokenizer.encode("<think>"), *tokenizer.encode("b")]
+    for special, text in ((False, "ab"), (True, "a<think>b")):
+        detokenizer = Detokenizer(tokenizer, special=special)
+        assert "".join(detokenizer.feed([id_]) for id_ in ids) + detokenizer.rest() == text

@@ -47,12 +47,12 @@ async def messages(call: Call) -> Response:
     target = await call.service.completions.target(call.caller, request.model)
     prompt = await request.prompt(target)
     running = await call.service.completions.begin(
-        call.caller, target, request.wanted(prompt), stream=request.stream
+        call.caller, target, request.wanted(target, prompt), stream=request.stream
     )
     tail = target.tokenizer.decode(prompt[-8:]).rstrip()
     blocks = _Blocks(
         Thinking(begun=tail.endswith("<think>")) if request.thinking else None,
-        ToolCalls() if request.parses_tools(target) else None,
+        calls.parser() if (calls := request.calls(target)) is not None else None,
     )
     message: dict[str, Any] = {
         "id": f"msg_{uuid.uuid4().hex[:24]}",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinsmith.service.completions import Target, Wanted
-from tinsmith.text.tool_calls import known_format
+from tinsmith.text.tool_calls import Format, format_of
 from tinsmith.wire.fields import Fields
 
 from .doors import read_stops, read_top_p, refuse_unknown, refuse_unless
@@ -66,8 +66,9 @@ class MessagesRequest:
             stream=fields.flag("stream", False),
         )
 
-    def parses_tools(self, target: Target) -> bool:
-        return bool(self.tools) and known_format(target.tokenizer.template)
+    def calls(self, target: Target) -> Format | None:
+        """How the model writes its calls, if there may be some that can be read."""
+        return format_of(target.tokenizer.template) if self.tools else None
 
     async def prompt(self, target: Target) -> list[int]:
         options: dict[str, Any] = {}
@@ -76,8 +77,10 @@ class MessagesRequest:
         go_on = self.messages[-1]["role"] == "assistant"
         return await render(target, self.messages, self.tools, options, go_on=go_on)
 
-    def wanted(self, prompt: list[int]) -> Wanted:
+    def wanted(self, target: Target, prompt: list[int]) -> Wanted:
+        calls = self.calls(target)
         return Wanted(
+            special=bool(self.tools) and (calls is None or calls.special),
             prompts=[prompt],
             max_tokens=self.max_tokens,
             temperature=self.temperature,

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from tinsmith.service import errors
 from tinsmith.service.completions import Delta, Running, Target, Token, Usage
 from tinsmith.text.tokenizer import Tokenizer
-from tinsmith.text.tool_calls import ToolCall, ToolCalls
+from tinsmith.text.tool_calls import Format, ToolCall
 
 from .doors import HOSTED, EventStream, all_of, begun, door, dump, guarded, while_there
 from .http import Call, json_response
@@ -178,12 +178,12 @@ async def chat_completions(call: Call) -> Response:
     target = await call.service.completions.target(call.caller, request.model)
     wanted = await request.wanted(target)
     running = await call.service.completions.begin(call.caller, target, wanted, stream=request.stream)
-    parse = request.parses_tools(target)
+    calls_as = request.calls(target)
     try:
         if request.stream:
             head = _head("chatcmpl", "chat.completion.chunk", request.model)
             deltas = await while_there(call.request, begun(running.deltas()))
-            events = _chat_events(deltas, running, request, target, parse, head)
+            events = _chat_events(deltas, running, request, target, calls_as, head)
             return EventStream(guarded(events, encode_error, _event), running)
         gathered = _gather(await while_there(call.request, all_of(running.deltas())), wanted.n)
     except BaseException:
@@ -192,8 +192,8 @@ async def chat_completions(call: Call) -> Response:
     choices = []
     for index, choice in enumerate(gathered):
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-        if parse:
-            found = ToolCalls()
+        if calls_as is not None:
+            found = calls_as.parser()
             parts = [*found.feed(choice.text), *found.rest()]
             if calls := [part for part in parts if isinstance(part, ToolCall)]:
                 text = "".join(part for part in parts if isinstance(part, str)).strip()
@@ -218,7 +218,7 @@ async def _chat_events(
     running: Running,
     request: ChatRequest,
     target: Target,
-    parse: bool,
+    calls_as: Format | None,
     head: dict[str, object],
 ) -> AsyncIterator[bytes]:
     more = {"usage": None} if request.include_usage else {}
@@ -230,14 +230,14 @@ async def _chat_events(
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return _event({**head, "choices": [choice], **more})
 
-    parsers = [ToolCalls() for _ in range(request.n)]
+    parsers = [calls_as.parser() for _ in range(request.n)] if calls_as is not None else []
     called = [0] * request.n
     for index in range(request.n):
         yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
     async for delta in deltas:
         index, tokens = delta.index, delta.tokens
         parts: list[str | ToolCall] = [delta.text] if delta.text else []
-        if parse:
+        if parsers:
             parts = parsers[index].feed(delta.text)
             parts += parsers[index].rest() if delta.finish else []
         if tokens and not parts and not delta.finish:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 from tinsmith.service.completions import Target, Wanted
 from tinsmith.text.tokenizer import TextError
-from tinsmith.text.tool_calls import known_format
+from tinsmith.text.tool_calls import Format, format_of
 from tinsmith.wire.errors import WireError
 from tinsmith.wire.fields import Fields
 from tinsmith.wire.sample_request import MOST_SAMPLES
@@ -210,12 +210,16 @@ class ChatRequest(_Request):
             options=options,
         )
 
-    def parses_tools(self, target: Target) -> bool:
-        return bool(self.tools) and known_format(target.tokenizer.template)
+    def calls(self, target: Target) -> Format | None:
+        """How the model writes its calls, if there may be some that can be read."""
+        return format_of(target.tokenizer.template) if self.tools else None
 
     async def wanted(self, target: Target) -> Wanted:
         prompt = await render(target, self.messages, self.tools, self.options)
-        return self._wanted([prompt], self.max_tokens, False)
+        calls = self.calls(target)
+        # Where nothing reads the calls here, whoever asked does, and needs their marks.
+        special = bool(self.tools) and (calls is None or calls.special)
+        return replace(self._wanted([prompt], self.max_tokens, False), special=special)
 
 
 async def render(

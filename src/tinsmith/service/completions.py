@@ -40,7 +40,8 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """How to complete each of `prompts` (token ids), `n` times. `logprobs` None asks for none, k for those of
-    the k likeliest tokens beside each sampled one. `prompt_logprobs` asks for the prompt's, too."""
+    the k likeliest tokens beside each sampled one. `prompt_logprobs` asks for the prompt's, too; `special`
+    for special tokens as text."""
 
     prompts: Sequence[Sequence[int]]
     n: int = 1
@@ -52,6 +53,7 @@ class Wanted:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    special: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +276,7 @@ class _Output:
     detokenizer: Detokenizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.detokenizer = Detokenizer(self.target.tokenizer)
+        self.detokenizer = Detokenizer(self.target.tokenizer, special=self.wanted.special)
 
     def feed(self, fresh: Sequence[tuple[int, float, Sequence[tuple[int, float]]]]) -> Delta | None:
         self.heard += len(fresh)

@@ -6,6 +6,7 @@ import copy
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,10 @@ class Tokenizer:
             raise TextError(f"the model's chat template does not take this: {text}") from error
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of some tokens without the special ones. Bytes that are no character are U+FFFD."""
-        text: str = self._decoder.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of some tokens, without the special ones unless they are wanted. Bytes that are no
+        character are U+FFFD."""
+        text: str = self._decoder.decode(list(ids), skip_special_tokens=not special)
         return text
 
     def token_bytes(self, token: int) -> bytes:
@@ -137,8 +139,8 @@ _BYTES = _byte_alphabet()
 class Detokenizer:
     """A text token by token. What it has given out never changes, and never ends within a character."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, special: bool = False) -> None:
+        self._decode = partial(tokenizer.decode, special=special)
         self._ids: list[int] = []
         # Some tokens before the new ones are decoded with them: how one reads may depend on its neighbours.
         self._before = self._given = 0
@@ -159,5 +161,4 @@ class Detokenizer:
         return new[len(old) :]
 
     def _texts(self) -> tuple[str, str]:
-        decode = self._tokenizer.decode
-        return decode(self._ids[self._before : self._given]), decode(self._ids[self._before :])
+        return self._decode(self._ids[self._before : self._given]), self._decode(self._ids[self._before :])
