@@ -18,11 +18,11 @@ def sequences(lengths: Sequence[int], vocab: int = 8192) -> list[list[int]]:
     return [rng.integers(0, vocab, n + 1).tolist() for n in lengths]
 
 
-def body(lengths: Sequence[int]) -> bytes:
+def body(lengths: Sequence[int], run: str = "r", seq_id: int = 1, *, loss_fn: str = "cross_entropy") -> bytes:
     """A serialized forward_backward of sequences of these lengths."""
     from tinsmith.wire import tinsmith_pb2 as pb
 
-    message = pb.ForwardBackwardRequest(model_id="r", seq_id=1, loss_fn="cross_entropy")
+    message = pb.ForwardBackwardRequest(model_id=run, seq_id=seq_id, loss_fn=loss_fn)
     for ids in sequences(lengths):
         datum = message.data.add()
         datum.model_input.add().encoded_text.tokens = np.asarray(ids[:-1], np.int32).tobytes()

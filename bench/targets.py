@@ -18,7 +18,7 @@ from pathlib import Path
 from common import Target, machine
 
 HERE = Path(__file__).parent
-SCRIPTS = ("train.py", "scaling.py", "sample.py", "end_to_end.py", "interleave.py")
+SCRIPTS = ("train.py", "scaling.py", "sample.py", "end_to_end.py", "interleave.py", "fairness.py")
 
 
 def main() -> int:
