@@ -3,8 +3,8 @@
     TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-... python examples/hundred_calls.py
 
 It knows nothing of the server but its address, and asks it for the model to use (the first, or MODEL). It
-prints a line for every call and ends with 1 if one of them did not do as documented. A SamplingClient looks for
-its tokenizer by the model's name: in a folder of that name where the script runs, or on the hub.
+prints a line for every call and ends with 1 if one of them did not do as documented. A SamplingClient looks
+for its tokenizer by the model's name: in a folder of that name where the script runs, or on the hub.
 """
 
 # ruff: noqa: PT017, PT018
