@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
-from tinsmith.engine.model.base import UNEMBED
+from tinsmith.engine.model.adapted import UNEMBED
 from tinsmith.engine.runs import Run
 
 # Where the parts of fused projections stand: the module's name, and the parts before this one.

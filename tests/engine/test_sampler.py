@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.engine.tiny import load, make_run, tokens
 from tinsmith.engine import sampler as module
 from tinsmith.engine.commands import Done, Failed, Reply, Sample, SampleParams
+from tinsmith.engine.kernels import attention
 from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
@@ -82,7 +83,8 @@ def trainer_logprobs(model: BaseModel, weights: AdapterWeights | None, text: Seq
     recurrent = PackedRecurrence([segment], [(0, n)], model.device) if model.apart else None
     with torch.no_grad():
         on = model.device
-        hidden = model.hidden(inputs.to(on), positions.to(on), Pass([segment], attention, recurrent))
+        this = Pass([segment], attention, recurrent, long=model.long_rows([(0, n, n)], rows))
+        hidden = model.hidden(inputs.to(on), positions.to(on), this)
         table = model.log_softmax(model.logits(hidden, Pass([segment]))).cpu()
     return table[:n].gather(1, torch.tensor(text[1:])[:, None])[:, 0].numpy()
 
@@ -133,6 +135,28 @@ class TestExact:
         for a, b in zip(alone.sequences, beside.sequences, strict=True):
             assert a.tokens == b.tokens
             assert a.logprobs == b.logprobs
+
+    @pytest.mark.parametrize("by_kernel", [True, False], ids=["kernel", "torch"])
+    def test_numbers_that_are_not_finite_stay_with_their_sequence(
+        self, folder: Folder, dtype: torch.dtype, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Pages are used again: what a broken adapter left in them is nothing to who comes after."""
+        if not by_kernel:
+            monkeypatch.setattr(attention, "usable", lambda *_: False)
+        model = load(folder("qwen3"), dtype)
+        broken = make_run(model, 4)
+        for name, (_, b) in broken.layout.views(broken.live.params).items():
+            if name.endswith("v_proj"):
+                b.fill_(float("inf"))
+        weights = AdapterWeights(broken.layout, broken.live.params, dtype, model.device)
+        command = sample("me", tokens(70, 1), max_tokens=20, stop=(), seed=5)
+        (alone,) = run(Sampler(model, PLENTY), (command, None))
+        sampler = Sampler(model, 4 * Sampler(model, PLENTY).pool.page_bytes)
+        run(sampler, (sample("broken", tokens(150, 2), max_tokens=30, stop=(), seed=1), weights))
+        sampler.release(weights)
+        (after,) = run(sampler, (command, None))
+        assert after.sequences[0].tokens == alone.sequences[0].tokens
+        assert after.sequences[0].logprobs == alone.sequences[0].logprobs
 
     def test_a_cached_prefix_changes_no_bit(self, folder: Folder, dtype: torch.dtype) -> None:
         model = load(folder("qwen3"), dtype)

@@ -44,6 +44,7 @@ class PagePool:
         self.values: dict[int, Tensor] = {}
         self._references: list[int] = []
         self._free: list[int] = []
+        self._used: set[int] = set()  # pages that were somebody's once
         self._known: dict[bytes, int] = {}  # content -> page
         self._content: dict[int, tuple[bytes, int]] = {}  # page -> (content, serial of the weights)
         self._idle: OrderedDict[int, None] = OrderedDict()  # known pages without references, oldest first
@@ -90,7 +91,16 @@ class PagePool:
         else:
             return None
         self._references[page] = 1
+        self._clear(page)
         return page
+
+    def _clear(self, page: int) -> None:
+        """Forget the values that a sequence before left in a page. What a query does not see weighs zero, but
+        zero times a number that is not finite is not zero. The kernels read no such values."""
+        if not (self.on_gpu or self.by_kernel) and page in self._used:
+            for values in self.values.values():
+                values[page] = 0
+        self._used.add(page)
 
     def share(self, page: int) -> None:
         if self._references[page] == 0:
@@ -141,6 +151,6 @@ def chain(previous: bytes, tokens: list[int]) -> bytes:
     return hashlib.blake2b(previous + np.asarray(tokens, np.int64).tobytes(), digest_size=16).digest()
 
 
-def root(serial: int) -> bytes:
-    """Where the chain of one adapter's pages begins."""
-    return b"tinsmith" + serial.to_bytes(8, "little")
+def root(serial: int, *, long: bool = False) -> bytes:
+    """Where the chain of one adapter's pages begins; that of long sequences is another, see rotations.py."""
+    return (b"long" if long else b"tinsmith") + serial.to_bytes(8, "little")

@@ -235,7 +235,7 @@ class Program:
     @classmethod
     def of(cls, model: BaseModel) -> Program | None:
         """A program that has the bits of the model's own code, or None."""
-        if not model.packed:
+        if not model.packed or model.short is not None:  # each row's frequencies are its sequence's own
             return None
         names = (*(s.name for s in model.slots), "")
         slots = {name: i for i, name in enumerate(names)}

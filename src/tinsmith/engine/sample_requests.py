@@ -68,6 +68,7 @@ class SampledSequence:
     slot: int | None = None  # where its recurrent layers' states are
     known: int = 0  # pages whose content has been made known
     content: bytes = b""
+    long: bool = False  # whether what is in its pages was computed as of a long one, see rotations.py
     logprobs: list[float] = field(default_factory=list)
     topk: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 

@@ -87,7 +87,7 @@ class Sampler:
             cache_bytes -= cache_bytes // 2
         self.pool = PagePool(model, cache_bytes)
         self.decoder: Decoder | None = None
-        if self.states is None and gpu.takes(model.device, model.dtype):
+        if self.states is None and model.short is None and gpu.takes(model.device, model.dtype):
             from tinsmith.engine.decoding import Decoder  # needs Triton
 
             self.decoder = Decoder(model, self.pool)
@@ -239,7 +239,8 @@ class Sampler:
     def _take_known_pages(self, sequence: SampledSequence) -> None:
         """Begin behind the longest prefix that the cache knows. The last token is always computed, and so are
         the rows that score the prompt."""
-        sequence.content, sequence.known = root(sequence.request.serial), 0
+        sequence.long = self._is_long(sequence)
+        sequence.content, sequence.known = root(sequence.request.serial, long=sequence.long), 0
         fresh = not sequence.logprobs
         if self.states is not None:
             return  # what the recurrent layers make of a prefix is not in its pages
@@ -273,6 +274,8 @@ class Sampler:
             key = sequence.key
             if not self.shares.may(key):
                 continue
+            if sequence.long != self._is_long(sequence):
+                self._begin_again(sequence)
             missing = self._wanted(sequence)
             count = missing if missing == 1 else min(missing, budget, budgets.get(key, budget))
             if self.states is not None and count < missing:
@@ -307,6 +310,16 @@ class Sampler:
         chunk = PREFILL_ROWS[self.model.device.type]
         in_prompt = len(sequence.request.prompt) - sequence.computed
         return min(in_prompt, chunk - sequence.computed % chunk) if in_prompt > 0 else min(missing, 1)
+
+    def _is_long(self, sequence: SampledSequence) -> bool:
+        return self.model.short is not None and len(sequence.tokens) > self.model.short
+
+    def _begin_again(self, sequence: SampledSequence) -> None:
+        """Compute all of a sequence again: it has become one whose tokens are rotated otherwise."""
+        for page in sequence.pages:
+            self.pool.free(page)
+        sequence.pages, sequence.computed = [], 0
+        self._take_known_pages(sequence)
 
     def _reserve(self, sequence: SampledSequence, tokens: int) -> bool:
         while len(sequence.pages) * PAGE < tokens:
@@ -392,12 +405,10 @@ class Sampler:
         if self.program is not None and visual is None and not of_images and len(ids) <= program.ROWS:
             hidden = self.program.run(torch.tensor(ids), places, segments, attention, segments[-1].stop)
         else:
-            hidden = self.model.hidden(
-                torch.tensor(ids, device=device),
-                places.to(device),
-                Pass(segments, attention, recurrent),
-                visual,
-            )
+            this = Pass(segments, attention, recurrent)
+            spans = [(row, count, len(sequence.tokens)) for sequence, row, count in placed]
+            this.long = self.model.long_rows(spans, len(ids))
+            hidden = self.model.hidden(torch.tensor(ids, device=device), places.to(device), this, visual)
         ready: list[tuple[SampledSequence, int]] = []
         for sequence, row, count in placed:
             if sequence.index == 0 and not sequence.logprobs:
@@ -527,6 +538,7 @@ class Sampler:
             for page in sibling.pages:
                 self.pool.share(page)
             sibling.known, sibling.content, sibling.computed = full, sequence.content, full * PAGE
+            sibling.long = sequence.long
             if rest and (copied := self.pool.allocate()) is not None:
                 self.pool.copy(sequence.pages[full], copied)
                 sibling.pages.append(copied)

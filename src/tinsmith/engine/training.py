@@ -198,6 +198,7 @@ def run_pass(work: Sequence[tuple[TrainingJob, _Cut]], most_bytes: int | None = 
         at += cut.rows
     recurrent = PackedRecurrence(segments, spans, model.device) if model.apart else None
     this = Pass(segments, PackedSequences(spans, rows, model.device, model.dtype), recurrent)
+    this.long = model.long_rows([(row, n, n) for row, n in spans], rows)
     if backward and most_bytes is not None:
         longest = max(cut.rows for _, cut in work)
         this.recomputes = peak_bytes(model, rows, longest, True) > most_bytes

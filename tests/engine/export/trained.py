@@ -16,7 +16,7 @@ from tests.engine.tiny import load, logprobs, make_run, make_vision_model, relat
 from tests.families import FAMILIES, make
 from tinsmith.engine import adapter_files
 from tinsmith.engine.commands import AdamParams
-from tinsmith.engine.model.base import UNEMBED
+from tinsmith.engine.model.adapted import UNEMBED
 from tinsmith.engine.model.vision import auto_class
 from tinsmith.engine.runs import Run
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine import adapter_files
-from tinsmith.engine.model.base import UNEMBED, BaseModel
+from tinsmith.engine.model.adapted import UNEMBED
+from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.blueprint import draw
 from tinsmith.engine.model.checkpoint import open_checkpoint
 from tinsmith.engine.model.loading import Stacked, assign, fingerprint, untie

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +14,21 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tinsmith.engine.kernels import elementwise, gpu, linear
+from tinsmith.engine.model.adapted import has_experts, replace
 from tinsmith.engine.model.attention import PADDING
+from tinsmith.engine.model.ends import Unembedding, find_scale, find_unembedding
 from tinsmith.engine.model.errors import ModelError, short
-from tinsmith.engine.model.experts import expert_slots, experts_forward
+from tinsmith.engine.model.experts import experts_forward
 from tinsmith.engine.model.fused import fuse
+from tinsmith.engine.model.interface import MEASURED, OWN, Unknown
 from tinsmith.engine.model.loading import fingerprint, load
-from tinsmith.engine.model.lora import GateLinear, Group, LoraLinear, Slot
-from tinsmith.engine.model.packing import Pass, Segment, current_pass, running
+from tinsmith.engine.model.lora import GateLinear, LoraLinear
+from tinsmith.engine.model.packing import Pass, Segment, running
 from tinsmith.engine.model.recomputing import make_recomputable
-from tinsmith.engine.model.recurrent import find_mixers, take_apart
-from tinsmith.engine.model.unembed import Unembedding, find_unembedding
+from tinsmith.engine.model.recurrent import cache_argument, find_mixers, take_apart
+from tinsmith.engine.model.rotations import find_threshold, long_rows
 from tinsmith.engine.model.vision import Expanded, NoImages, Vision, Visual, sees
 from tinsmith.wire.images import ImageChunk
 from tinsmith.wire.training import ContentError
@@ -34,11 +36,6 @@ from tinsmith.wire.training import ContentError
 log = logging.getLogger(__name__)
 
 GENERIC = -1  # stands for a layer where all of them are meant
-UNEMBED = "model.unembed_tokens"  # the name that Tinker's adapter format gives the unembedding
-
-
-class Unknown(Exception):
-    """An attention that this server's own does not do: the model takes the generic path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,32 +47,6 @@ class LayerShape:
     value_dim: int
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    s_aux: Tensor | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: [1, heads, rows, dim] each -> [1, rows, heads, dim]."""
-    if softcap is not None:
-        raise Unknown(f"{type(module).__name__} caps its attention scores")
-    this = current_pass()
-    if this is None or this.attention is None:
-        raise RuntimeError("attention runs inside a pass only")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    module.tinsmith_attends = True  # type: ignore[assignment]  # see _replace
-    out = this.attention(layer, query[0], key[0], value[0], scale, sliding_window, s_aux)
-    return out.unsqueeze(0), None
-
-
-ALL_ATTENTION_FUNCTIONS.register("tinsmith", _attention)
 ALL_EXPERTS_FUNCTIONS.register("tinsmith", experts_forward)
 
 
@@ -143,6 +114,7 @@ class BaseModel:
             self._body = self.module.model
         self._text = self._body if has_eyes else self.module
         self._embed = self.module.get_input_embeddings()
+        self._scale: float | None = None  # of embeddings that the body is given
         self._check_config()
         self.mixers = {name: layer for name, layer, _ in find_mixers(self.module)}
         # Whether sequences go through all of the model apart, with transformers' own attention and cache.
@@ -161,8 +133,12 @@ class BaseModel:
                 log.debug("%s: no packed path", name, exc_info=error)
                 self.go_generic()
         inner = next(n for n, m in self.module.named_modules() if m is self._body) if has_eyes else ""
-        self.slots = list(_replace(self.module, list(self.mixers), inner, self.generic))
+        self.slots = list(replace(self.module, list(self.mixers), inner, self.generic))
         fuse(self._body, device, dtype)
+        limit = int(getattr(self.config, "max_position_embeddings", 0) or 0) or 4096
+        self.short: int | None = None  # sequences of more tokens are rotated otherwise
+        if device.type != "meta":
+            self.short = find_threshold(self._body, self.config, limit, device)
         self.recomputable = make_recomputable(self._body) > 0
         self.has_gates = any(isinstance(m, GateLinear) for m in self._body.modules())
         # (in, out) of the products that routers make with their own weights
@@ -175,16 +151,16 @@ class BaseModel:
         }
         self._head = self.module.get_output_embeddings()
         self.vocab_size = int(self._head.out_features)
-        limit = int(getattr(self.config, "max_position_embeddings", 0) or 0) or 4096
         if max_context is not None and max_context > limit:
             raise ModelError(f"{name}: max_context {max_context} exceeds the model's own {limit} positions")
         self.max_context = max_context or limit
+        self._stay_short()
         self.eos_token_ids = _eos(self.module, self.tokenizer)
         self.parameters = sum(p.numel() for p in self.module.parameters())
         self.nbytes = sum(p.numel() * p.element_size() for p in self.module.parameters())
         self._unembed: Unembedding = self._head
         if device.type != "meta":
-            self._find_unembedding()
+            self._find_ends()
 
     def _check_config(self) -> None:
         """Raises ModelError for sizes that transformers builds a model with and that cannot be run."""
@@ -193,7 +169,7 @@ class BaseModel:
             raise ModelError(f"{file} has max_position_embeddings {length}")
         chosen = getattr(self.config, "num_experts_per_tok", None)
         for module in self.module.modules():
-            if _has_experts(module) and chosen is not None and not 1 <= chosen <= len(module.down_proj):
+            if has_experts(module) and chosen is not None and not 1 <= chosen <= len(module.down_proj):
                 raise ModelError(
                     f"{file} has num_experts_per_tok {chosen}, of {len(module.down_proj)} experts"
                 )
@@ -214,6 +190,17 @@ class BaseModel:
         """Take the generic path from now on: slower, and right wherever transformers is."""
         self.generic, self.attention_layers, self.mixers_padding = True, {}, 0
         self._text.set_attn_implementation("eager")
+        self._stay_short()
+
+    def _stay_short(self) -> None:
+        short: int | None = getattr(self, "short", None)
+        if self.generic and short is not None and self.max_context > short:
+            log.warning("%s is served up to %d tokens, where its rotations change", self.name, short)
+            self.max_context = short
+
+    def long_rows(self, spans: Iterable[tuple[int, int, int]], rows: int) -> Tensor | None:
+        """See rotations.py."""
+        return long_rows(self.short, spans, rows, self.device)
 
     @property
     def active_parameters(self) -> int:
@@ -221,7 +208,7 @@ class BaseModel:
         chosen = int(getattr(self.config, "num_experts_per_tok", 0) or 0)
         idle = 0
         for module in self.module.modules():
-            if hasattr(module, "tinsmith_name"):  # experts, see _replace
+            if hasattr(module, "tinsmith_name"):  # experts, see adapted.py
                 own = list(module.parameters(recurse=False))
                 idle += sum(p.numel() // p.shape[0] * (p.shape[0] - chosen) for p in own)
         return self.parameters - idle
@@ -270,7 +257,7 @@ class BaseModel:
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids: int64 [rows] -> [1, rows, hidden]."""
         embedded: Tensor = self._embed(token_ids.unsqueeze(0))
-        return embedded
+        return embedded if self._scale is None else embedded * self._scale
 
     def through(self, embedded: Tensor, positions: Tensor, **extra: Any) -> Tensor:
         """Embedded tokens [1, rows, hidden] through the body, inside a pass -> final hidden states, alike."""
@@ -290,35 +277,40 @@ class BaseModel:
         out = self._body(
             inputs_embeds=embedded,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **self._cached(cache),
         )
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+    def _cached(self, cache: Any) -> dict[str, Any]:
+        """A cache as the argument of the body that takes one."""
+        return {cache_argument(self._body.forward) or "past_key_values": cache}
 
     def logits(self, hidden: Tensor, this: Pass) -> Tensor:
         """hidden: [n, hidden] of the rows in `this`, n padded -> [n, vocab] in its dtype."""
         with running(this):
             return self._unembed(hidden)
 
-    def _find_unembedding(self) -> None:
+    def _find_ends(self) -> None:
         ids = torch.arange(PADDING.rows, device=self.device) % self.vocab_size
         try:
-            with self._transformers_attention(), running(Pass([Segment(0, len(ids), None)])):
+            with self._attention_by("eager"), running(Pass([Segment(0, len(ids), None)])):
                 self._unembed = find_unembedding(self.module, self._body, ids)
+                self._scale = find_scale(self._body, self._embed, self.config, ids)
         except Exception as error:
             raise ModelError(
                 f"{self.name}: {type(self.module).__name__} cannot be run here: {short(error)}"
             ) from error
 
     @contextmanager
-    def _transformers_attention(self) -> Iterator[None]:
-        """Attention by transformers' own code, inside."""
-        self._text.set_attn_implementation("eager")
+    def _attention_by(self, name: str) -> Iterator[None]:
+        """Attention as transformers knows it by a name, inside; "eager" is its own."""
+        self._text.set_attn_implementation(name)
         try:
             yield
         finally:
-            self._text.set_attn_implementation("eager" if self.generic else "tinsmith")
+            self._text.set_attn_implementation("eager" if self.generic else OWN)
 
     @staticmethod
     def log_softmax(logits: Tensor) -> Tensor:
@@ -332,22 +324,25 @@ class BaseModel:
         and recurrence, without adapters; an empty `cache` is filled. `noise` [n, hidden] is by how much of
         themselves the embeddings are changed."""
         positions = torch.arange(len(token_ids), device=self.device)
-        with self._transformers_attention(), running(Pass([Segment(0, len(token_ids), None)])):
-            embedded = self._embed(token_ids.unsqueeze(0))
+        with self._attention_by("eager"), running(self._pass_of_one(len(token_ids))):
+            embedded = self.embed(token_ids)
             if noise is not None:
                 embedded = embedded + embedded * noise.to(embedded)
             out = self._body(
                 inputs_embeds=embedded,
                 position_ids=positions.unsqueeze(0),
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **self._cached(cache),
             )
         hidden: Tensor = out.last_hidden_state
         return hidden[0]
 
+    def _pass_of_one(self, n: int) -> Pass:
+        return Pass([Segment(0, n, None)], long=self.long_rows([(0, n, n)], n))
+
     def plain_logits(self, token_ids: Tensor) -> Tensor:
         """As `plain`, by all of transformers' model from ids to logits [n, vocab]."""
-        with self._transformers_attention(), running(Pass([Segment(0, len(token_ids), None)])):
+        with self._attention_by("eager"), running(self._pass_of_one(len(token_ids))):
             out = self.module(input_ids=token_ids.unsqueeze(0), use_cache=False)
         logits: Tensor = out.logits
         return logits[0]
@@ -357,7 +352,7 @@ class BaseModel:
     ) -> Tensor:
         """As `plain`, by all of transformers' model: kinds int64 [n] is 1 at an image's placeholders, whose
         patches are pixels [patches, values] in the shape of `grid`."""
-        with self._transformers_attention(), running(Pass([Segment(0, len(token_ids), None)])):
+        with self._attention_by("eager"), running(Pass([Segment(0, len(token_ids), None)])):
             out = self.module.base_model(
                 input_ids=token_ids.unsqueeze(0).to(self.device),
                 mm_token_type_ids=kinds.unsqueeze(0).to(self.device),
@@ -428,72 +423,16 @@ class BaseModel:
             window: int | None,
             sinks: Tensor | None,
         ) -> Tensor:
+            if layer in shapes:
+                raise Unknown("a layer attends more than once, where pages hold its keys once")
             shapes[layer] = LayerShape(k.shape[0], k.shape[-1], v.shape[-1])
             return q.new_zeros(q.shape[1], q.shape[0], v.shape[-1])
 
-        zeros = torch.zeros(PADDING.rows, dtype=torch.int64, device=self.device)
-        with torch.no_grad():
-            self.hidden(zeros, zeros, Pass([Segment(0, PADDING.rows, None)], look))
+        places = torch.arange(PADDING.rows, device=self.device)
+        # A mask is made by what positions are: shapes alone give none.
+        with torch.no_grad(), self._attention_by(OWN if self.device.type == "meta" else MEASURED):
+            self.hidden(torch.zeros_like(places), places, Pass([Segment(0, PADDING.rows, None)], look))
         return {i: shapes[i] for i in sorted(shapes)}
-
-
-def _replace(module: Any, mixers: Sequence[str], inner: str, generic: bool) -> Iterator[Slot]:
-    """Put adapters' layers in the place of the linear layers and experts; yields their slots in order.
-
-    `inner` names the language model where that is a part among others: nothing else is replaced then, and
-    its slots are called as if it were the whole. What lies inside a mixer, or a module that has called the
-    attention interface, counts as attention; on the generic path, what is called so.
-    """
-    head = module.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ModelError("the model has no linear unembedding")
-    attention = [
-        *mixers,
-        *(
-            name
-            for name, child in module.named_modules()
-            if hasattr(child, "tinsmith_attends") or (generic and "Attention" in type(child).__name__)
-        ),
-    ]
-    for name, child in list(module.named_modules()):
-        if inner and child is not head and not name.startswith(f"{inner}."):
-            continue
-        public = f"model{name[len(inner) :]}" if inner else name
-        if _has_experts(child):
-            child.tinsmith_name = public
-            yield from expert_slots(public, child)
-        elif type(child).forward is nn.Linear.forward:  # a router may be one with a forward of its own
-            parent, _, leaf = name.rpartition(".")
-            if leaf.endswith("gate") and child.out_features == 1:
-                # It weighs a shared expert, as a router does: no adapter.
-                setattr(module.get_submodule(parent), leaf, GateLinear(child))
-                continue
-            owner = next((a for a in attention if name.startswith(f"{a}.")), None)
-            group: Group = "unembed" if child is head else "mlp" if owner is None else "attn"
-            parts = {UNEMBED: child.out_features} if child is head else {public: child.out_features}
-            if owner in mixers:
-                parts = _parts(public, child, module.get_submodule(owner))
-            slots = [Slot(part, group, child.in_features, size) for part, size in parts.items()]
-            setattr(module.get_submodule(parent), leaf, LoraLinear(child, slots))
-            yield from slots
-
-
-def _has_experts(module: Any) -> bool:
-    """Whether a module is transformers' experts of a layer, its weights of three dimensions."""
-    return all(hasattr(module, name) for name in ("_apply_gate", "down_proj", "is_transposed"))
-
-
-def _parts(name: str, linear: nn.Linear, mixer: nn.Module) -> dict[str, int]:
-    """The adapters of one projection of a mixer and the outputs of each, as Tinker's format has them: a
-    fused q, k and v have their own ones; of Mamba-2's input projection the gate and x have one."""
-    prefix, _, leaf = name.rpartition(".")
-    if leaf == "in_proj_qkv" and hasattr(mixer, "key_dim"):
-        sizes = {"in_proj_q": mixer.key_dim, "in_proj_k": mixer.key_dim, "in_proj_v": mixer.value_dim}
-    elif leaf == "in_proj" and {"intermediate_size", "conv_dim", "num_heads"} <= vars(mixer).keys():
-        sizes = {"gate_proj": mixer.intermediate_size, "x_proj": mixer.intermediate_size}
-    else:
-        return {name: linear.out_features}
-    return {f"{prefix}.{part}": int(size) for part, size in sizes.items()}  # type: ignore[arg-type]
 
 
 def _eos(module: Any, tokenizer: Any) -> tuple[int, ...]:

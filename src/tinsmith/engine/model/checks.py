@@ -20,18 +20,21 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.generic import CachePool, SampledApart
+from tinsmith.engine.kv_cache import NULL, PagePool
 from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.base import BaseModel, ModelError
 from tinsmith.engine.model.packing import PackedSequences, Pass, Segment
 from tinsmith.engine.model.recurrent import PackedRecurrence
 from tinsmith.engine.model.routing import Routing
 from tinsmith.engine.model.vision import Vision
-from tinsmith.engine.paged_attention import Chunk
+from tinsmith.engine.paged_attention import Chunk, PagedAttention
+from tinsmith.engine.states import SampledRecurrence, StatePool
 from tinsmith.wire.images import ImageChunk
 
 log = logging.getLogger(__name__)
 
 _LENGTHS = (21, 12)
+_SINGLE = 3  # tokens that are taken one by one
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _ROUNDINGS = 5  # how many times one rounding's effect is taken for rounding still
 _MOST = 0.2  # sequences that see each other, or an attention of another kind, differ by more than this
@@ -86,9 +89,10 @@ def _disagreement(model: BaseModel) -> str:
             _continued(model, first)
             if _held(model) != held:
                 return "keeps what it has seen inside its layers, where sequences cannot be told apart"
-            for _, text, at in places:
-                if near.differs(_continued(model, text, routing, at), together[at : at + len(text)]):
-                    return "goes on from its cache with another result than from the whole sequence"
+        for _, text, at in places:
+            own = together[at + len(text) - _SINGLE : at + len(text)]
+            if near.differs(_continued(model, text, routing, at), own):
+                return "goes on from its cache with another result than from the whole sequence"
     except Exception as error:
         log.debug("%s could not be run", model.name, exc_info=error)
         return f"cannot be run here: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -105,26 +109,39 @@ def _held(model: BaseModel) -> dict[tuple[str, str], tuple[int, int]]:
     return {
         (name, key): (id(x), x._version)
         for name, module in model.module.named_modules()
+        if not hasattr(module, "tinsmith_rotates")
         for key, x in {**module._buffers, **vars(module)}.items()
         if isinstance(x, Tensor)
     }
 
 
 def _continued(model: BaseModel, text: Tensor, routing: Routing | None = None, at: int = 0) -> Tensor:
-    """As the sampler goes on the generic path: most of the text, then token after token behind the cache,
-    in turns with another sequence. `routing` knows the experts of the text, which stood at row `at`."""
-    pool = CachePool(model, 2, 1 << 62)
-    cut, parts = len(text) - 3, []
+    """The last _SINGLE hidden states [n, hidden], as the sampler comes to them: most of the text, then token
+    after token behind the cache, in turns with another sequence. `routing` knows the experts of the text,
+    which stood at row `at`."""
+    caches = CachePool(model, 2, 1 << 62) if model.generic else None
+    states = StatePool(model, 2, 1 << 62) if model.mixers and not model.generic else None
+    pages = PagePool(model, 0)
+    own = [pages.allocate() or NULL for _ in range(2)]
+    cut, parts = len(text) - _SINGLE, []
     for start, stop in [(0, cut), *((i, i + 1) for i in range(cut, len(text)))]:
         for slot, ids in enumerate((text[start:stop], text.flip(0)[start:stop])):
             n = stop - start
-            ids = torch.nn.functional.pad(ids, (0, pad_rows(n) - n)).to(model.device)
+            padding = (0, pad_rows(n) - n)
+            ids = torch.nn.functional.pad(ids, padding).to(model.device)
+            places = torch.nn.functional.pad(torch.arange(start, stop), padding).to(model.device)
             segments = [Segment(0, len(ids), None)]
-            recurrent = SampledApart(pool, segments, [(Chunk(0, n, start, ()), slot)])
+            chunk = Chunk(0, n, start, own[slot : slot + 1])
+            this = Pass(segments, PagedAttention(pages, [chunk], len(ids)))
+            this.long = model.long_rows([(0, n, len(text))], len(ids))
+            if caches is not None:
+                this.recurrent = SampledApart(caches, segments, [(chunk, slot)])
+            elif states is not None:
+                this.recurrent = SampledRecurrence(states, segments, [(chunk, slot)])
             known = routing.again(at + start) if routing is not None and slot == 0 else nullcontext()
             with known:
-                hidden = model.hidden(ids, ids, Pass(segments, None, recurrent))[:n]
-            if slot == 0:
+                hidden = model.hidden(ids, places, this)[:n]
+            if slot == 0 and start >= cut:
                 parts.append(hidden)
     return torch.cat(parts)
 
@@ -179,6 +196,7 @@ def _hidden(model: BaseModel, texts: list[Tensor]) -> Tensor:
     segments = [Segment(0, rows, None)]
     recurrent = PackedRecurrence(segments, spans, model.device) if model.apart else None
     this = Pass(segments, PackedSequences(spans, rows, model.device, model.dtype), recurrent)
+    this.long = model.long_rows([(start, n, n) for start, n in spans], rows)
     return model.hidden(ids.to(model.device), positions.to(model.device), this)[:at]
 
 

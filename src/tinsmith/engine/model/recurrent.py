@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tinsmith.engine.model.attention import PAGE, pad_rows, round_up
 from tinsmith.engine.model.packing import Block, Mixer, Pass, Places, Segment, current_pass, running, units
 
-_CACHES = ("cache_params", "past_key_values")  # what families call the argument
+CACHES = ("cache_params", "past_key_values")  # what families call the argument
 _OF_ALL_ROWS = frozenset(
-    {*_CACHES, "attention_mask", "position_ids", "position_embeddings", "use_cache", "cache_position"}
+    {*CACHES, "attention_mask", "position_ids", "position_embeddings", "use_cache", "cache_position"}
 )
 
 
@@ -35,11 +35,16 @@ def find_mixers(module: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
             yield name, child.layer_idx, child
 
 
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """What a module calls the cache that it takes; None where it takes none."""
+    names = inspect.signature(forward).parameters
+    return next((name for name in CACHES if name in names), None)
+
+
 def take_apart(layer: int, module: nn.Module) -> bool:
     """Make a mixer work on sequences apart. False if its forward takes no cache that could be handed in."""
     original = module.forward
-    names = inspect.signature(original).parameters
-    cache = next((name for name in _CACHES if name in names), None)
+    cache = cache_argument(original)
     if cache is None:
         return False
     module.forward = partial(_forward, layer, original, cache)
