@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +70,22 @@ def ids(sequence: pb.SampledSequence) -> list[int]:
 
 def lps(sequence: pb.SampledSequence) -> np.ndarray:
     return np.frombuffer(sequence.logprobs, np.float32)
+
+
+def test_a_cache_has_its_places_at_once_and_its_memory_as_it_is_used(folder: Folder) -> None:
+    """Who samples never waits until it has grown."""
+    before = resident()
+    sampler = Sampler(load(folder("qwen3")), 1 << 33)
+    places = {store.data_ptr() for store in sampler.pool.keys.values()}
+    run(sampler, (sample("s", tokens(400, 1), max_tokens=2), None))
+    assert {store.data_ptr() for store in sampler.pool.keys.values()} == places
+    assert sum(store.nbytes for store in sampler.pool.keys.values()) > 1 << 31
+    assert resident() - before < 1 << 30
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def trainer_logprobs(model: BaseModel, weights: AdapterWeights | None, text: Sequence[int]) -> np.ndarray:

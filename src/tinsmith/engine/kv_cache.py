@@ -6,9 +6,13 @@ bitwise what computing it again would give, so taking it from the cache changes 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+import math
+import mmap
 from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,9 +32,10 @@ class PagePool:
     where the CPU kernel reads them, keys are [pages, kv heads, key dim, PAGE] and a value's dim is padded;
     those of a GPU's have both as [pages, PAGE, kv heads, dim].
 
-    The tensors grow with use up to `capacity` pages, but on a GPU, where captured graphs know them by their
-    addresses, they have that size at once. Every page has a number of references; one that nobody
-    refers to any more is kept as long as there is room if its content is known.
+    The tensors have the size of `capacity` pages at once: on a GPU because captured graphs know them by their
+    addresses, on a CPU as a mapping that takes memory where it is first written to. Where the system does not
+    give that, they grow with use, and are copied in front of everybody's next token. Every page has a number
+    of references; one that nobody refers to is kept as long as there is room if its content is known.
     """
 
     def __init__(self, model: BaseModel, cache_bytes: int) -> None:
@@ -49,12 +54,14 @@ class PagePool:
         self._content: dict[int, tuple[bytes, int]] = {}  # page -> (content, serial of the weights)
         self._idle: OrderedDict[int, None] = OrderedDict()  # known pages without references, oldest first
         self.generation = 0  # of the tensors, which are others after growing; no two pools have one in common
-        whole = model.device.type == "cuda"
-        self._grow(self.capacity + 1 if whole else min(self.capacity + 1, 64))
+        try:
+            self._grow(self.capacity + 1, _mapped if model.device.type == "cpu" else torch.zeros)
+        except OSError:
+            self._grow(min(self.capacity + 1, 64))
         self._free.remove(NULL)
         self._references[NULL] = 1
 
-    def _grow(self, pages: int) -> None:
+    def _grow(self, pages: int, zeros: Callable[..., Tensor] = torch.zeros) -> None:
         have = len(self._references)
         self.generation = next(_generations)
         for layer, shape in self.model.attention_layers.items():
@@ -67,7 +74,7 @@ class PagePool:
                 of_values = heads, PAGE, round_up(values, kernel.VALUE_PAD)
             for store, dims in ((self.keys, of_keys), (self.values, of_values)):
                 # Zeros: a masked score times what lies in an unused place must be zero, never NaN.
-                new = torch.zeros(pages, *dims, dtype=self.model.dtype, device=self.model.device)
+                new = zeros((pages, *dims), dtype=self.model.dtype, device=self.model.device)
                 if have:
                     new[:have] = store[layer]
                 store[layer] = new
@@ -144,6 +151,17 @@ class PagePool:
     def _forget(self, page: int) -> None:
         content, _ = self._content.pop(page)
         del self._known[content]
+
+
+def _mapped(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take memory where they are first written to. Raises OSError."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def chain(previous: bytes, tokens: list[int]) -> bytes:
