@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.families import make, make_odd
-from tests.harness import MODEL, Server, datum
+from tests.harness import MODEL, Server, datum, free_port
 from tinsmith.cli import main
+from tinsmith.cli.serve import _listen
+from tinsmith.settings import Settings
 
 
 def test_keys_are_made_listed_and_revoked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +47,28 @@ def test_a_key_is_not_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_a_wrong_setting_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--port", "x"]) == 2
     assert capsys.readouterr().err == "tinsmith: port: must be a number, not 'x'\n"
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    """Nagle's algorithm is off for the connections that are accepted."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(
+                writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            )
+            writer.close()
+
+        listener = _listen(dataclasses.replace(Settings(), port=free_port()))
+        async with await asyncio.start_server(accept, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            value = await found
+            writer.close()
+        return value
+
+    assert asyncio.run(accepted())
 
 
 def test_a_models_folder_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
