@@ -1,6 +1,6 @@
 """What one organization's flood does to another's steady work, through the SDK and HTTP.
 
-    python bench/fairness.py [--quick] [--json FILE] [--plot FILE]
+    python bench/fairness.py [--quick] [--only shares|calls] [--json FILE] [--plot FILE]
 
 The model of bench/train.py on a server of our own. One organization works steadily: a training step of
 4 x 128 tokens, or a request for 4 sequences of 32 tokens, one after the other. Another floods the server from
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
 import socket
 import subprocess
 import sys
@@ -79,7 +78,7 @@ def service(folder: Path) -> Iterator[Service]:
                 time.sleep(0.25)
             yield made
         finally:
-            process.send_signal(signal.SIGTERM)
+            process.kill()  # nothing of it is to be kept; the engine ends with it
             process.wait(60)
 
 
@@ -245,31 +244,21 @@ def _spread(seconds: list[float]) -> str:
     return f"{p50:.1f} / {p95:.1f} / {max(seconds) * 1e3:.0f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer runs")
-    parser.add_argument("--json", type=Path, help="where to write the targets")
-    parser.add_argument("--plot", type=Path, help="where to draw the figure")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    seconds = 4.0 if args.quick else 7.0
+def shares(made: Service, seconds: float, figure: Path | None) -> list[Target]:
+    """The steady organization's work alone, and beside a flood."""
     found: dict[tuple[str, str, int], float] = {}
-    with tempfile.TemporaryDirectory() as name, service(make_model(Path(name) / "model")) as made:
-        work = steady_work(made)
-        say("alone")
-        alone = {kind: float(np.median(times(do, seconds, 3))) for kind, do in work.items()}
-        for weight in (1, 3):
-            made.weigh(weight)
-            for other in KINDS:
-                say(f"beside a flood of {other}, {weight}:1")
-                with flooded(other, made):
-                    for kind, do in work.items():
-                        found[kind, other, weight] = float(np.median(times(do, seconds)))
-                finish_flood(made)
-        made.weigh(1)
-        say("a queue")
-        small = small_calls(made, args.quick)
-    print(machine() + "\n")
+    work = steady_work(made)
+    say("alone")
+    alone = {kind: float(np.median(times(do, seconds, 3))) for kind, do in work.items()}
+    for weight in (1, 3):
+        made.weigh(weight)
+        for other in KINDS:
+            say(f"beside a flood of {other}, {weight}:1")
+            with flooded(other, made):
+                for kind, do in work.items():
+                    found[kind, other, weight] = float(np.median(times(do, seconds)))
+            finish_flood(made)
+    made.weigh(1)
     rows = [("steady", "flood", "weights", "alone ms", "beside it ms", "times alone", "its share allows")]
     targets = []
     for (kind, other, weight), took in sorted(found.items()):
@@ -278,22 +267,47 @@ def main() -> None:
         rows.append((kind, other, f"{weight}:1", *figures))
         label = f"steady {kind} beside a flood of {other}, {weight}:1: of its share"
         targets.append(Target(8, label, 0.9, bound / ratio))
-    print(table(rows) + "\n")
+    print(table(rows) + "\n", flush=True)
+    if figure is not None:
+        plot(figure, found, alone)
+    return targets
+
+
+def calls(made: Service, quick: bool) -> list[Target]:
+    """Its small calls, alone, while requests of another come, and while they wait."""
+    say("a queue")
+    small = small_calls(made, quick)
     rows = [("call", *(f"{when}: p50 / p95 / most ms" for when in small))]
+    targets = []
     for call in small["alone"]:
-        figures = [_spread(times_[call]) for times_ in small.values()]
-        rows.append((call, *figures))
+        rows.append((call, *(_spread(when[call]) for when in small.values())))
         for when in ("while they come", "while they wait"):
             added = 1e3 * float(
                 np.percentile(small[when][call], 95) - np.percentile(small["alone"][call], 50)
             )
             label = f"{call} {when} ({QUEUE} of another's): ms added, p95"
             targets.append(Target(8, label, 50, added, most=True))
-    print(table(rows) + "\n")
+    print(table(rows) + "\n", flush=True)
+    return targets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="less of everything")
+    parser.add_argument("--json", type=Path, help="where to write the targets")
+    parser.add_argument("--plot", type=Path, help="where to draw the figure")
+    parser.add_argument("--only", choices=("shares", "calls"), help="one of the two parts")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    targets: list[Target] = []
+    with tempfile.TemporaryDirectory() as name, service(make_model(Path(name) / "model")) as made:
+        print(machine() + "\n")
+        if args.only != "calls":
+            targets += shares(made, 3.0 if args.quick else 7.0, args.plot)
+        if args.only != "shares":
+            targets += calls(made, args.quick)
     print(Target.table(targets))
     write(args.json, targets)
-    if args.plot:
-        plot(args.plot, found, alone)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ PROTOBUF = {"Content-Type": "application/x-protobuf"}
 async def flood(kind: str, url: str, key: str) -> None:
     import httpx
 
+    from tinsmith.wire import tinsmith_pb2 as pb
+
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(
         base_url=f"{url}/api/v1/", headers={"X-API-Key": key}, timeout=120, limits=limits
@@ -86,7 +88,11 @@ async def flood(kind: str, url: str, key: str) -> None:
             work = [asyncio.create_task(sampling_client()) for _ in range(64)]
         else:
             model = await run(0)
-            large = [body([512] * 24, model, i + 1) for i in range(QUEUE // 2)]
+            message = pb.ForwardBackwardRequest.FromString(body([512] * 24, model))
+            large = []
+            for seq_id in range(1, QUEUE // 2 + 1):
+                message.seq_id = seq_id
+                large.append(message.SerializeToString())
             print("up", flush=True)
             sent = [post("forward_backward", content=each, headers=PROTOBUF) for each in large]
             pending = [each["request_id"] for each in await asyncio.gather(*sent)]
