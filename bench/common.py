@@ -61,6 +61,20 @@ def copy_rate(megabytes: int = 256) -> float:
     return 2 * a.numel() * 4 / median_time(lambda: b.copy_(a), 7)
 
 
+def read_rate(megabytes: int = 256) -> float:
+    """Bytes per second that are read by all threads: the limit of a step that reads weights, as measured."""
+    a = torch.ones(megabytes << 17, dtype=torch.int64)  # a sum of integers waits for nothing but memory
+    return a.nbytes / median_time(a.sum, 15)
+
+
+def with_surroundings() -> None:
+    """Start this script again with the settings that the server gives its engine's process."""
+    from tinsmith.engine.process import surroundings
+
+    if "GLIBC_TUNABLES" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **surroundings(os.environ)})
+
+
 def median_time(work: Callable[[], object], runs: int = 5, warm: int = 1) -> float:
     """Median seconds of `work`."""
     for _ in range(warm):

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import Target, machine, make_model, median_time, table, write
+from common import Target, machine, make_model, median_time, table, with_surroundings, write
 from engine_runs import MODEL, RANK, Runs, body, sequences
 
 LENGTHS = [512] * 8
@@ -165,8 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from tinsmith.engine.process import surroundings
-
-    if "GLIBC_TUNABLES" not in os.environ:  # the settings that the server gives its engine need a new start
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **surroundings(os.environ)})
+    with_surroundings()
     main()
