@@ -64,11 +64,12 @@ def has_experts(module: Any) -> bool:
 
 
 def _routers(module: nn.Module) -> Iterator[str]:
-    """The linear layers beside experts with an output for each of them."""
+    """The linear layers beside experts with an output for each of them, and what is called a router."""
     for name, parent in module.named_modules():
         counts = {len(child.down_proj) for child in parent.children() if has_experts(child)}
         for leaf, child in parent.named_children():
-            if isinstance(child, nn.Linear) and child.out_features in counts:
+            called = "router" in (*name.split("."), leaf)
+            if isinstance(child, nn.Linear) and (called or child.out_features in counts):
                 yield f"{name}.{leaf}"
 
 

@@ -130,7 +130,8 @@ class BaseModel:
             try:
                 self.attention_layers = self._measure_layers()
             except Exception as error:
-                log.debug("%s: no packed path", name, exc_info=error)
+                log.info("%s has no packed path: %s", name, short(error))
+                log.debug("%s has no packed path", name, exc_info=error)
                 self.go_generic()
         inner = next(n for n, m in self.module.named_modules() if m is self._body) if has_eyes else ""
         self.slots = list(replace(self.module, list(self.mixers), inner, self.generic))
