@@ -16,7 +16,7 @@ import pytest
 
 from tests.examples import cookbook
 from tests.examples.test_examples import ROOT, SHIPPED
-from tests.harness import KEY, Server
+from tests.harness import KEY, Server, exit_code
 from tests.sdk.versions import CACHE
 
 pytestmark = pytest.mark.slow
@@ -85,7 +85,7 @@ def test_a_recipe_runs_as_it_is(
         env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert exit_code(done) == 0, done.stderr[-4000:]
     metrics = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
     assert len([row for row in metrics if any("time" in each for each in row)]) >= steps
     assert all(math.isfinite(value) for row in metrics for value in row.values() if isinstance(value, float))

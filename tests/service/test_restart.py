@@ -49,6 +49,11 @@ def _load(raw: Raw, path: str) -> dict[str, Any]:
     return raw.result(raw.ok("load_weights", body)["request_id"])
 
 
+def _sample(raw: Raw, sampler: str, seq_id: int) -> dict[str, Any]:
+    body = {**SAMPLE, "sampling_session_id": sampler, "seq_id": seq_id}
+    return raw.result(raw.ok("asample", body)["request_id"])
+
+
 @dataclass
 class World:
     """A server that has been stopped and started again, and what was there before."""
@@ -83,6 +88,10 @@ def stopped(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     )
     world.results["results"] = {each: raw.result(each) for each in (trained, saved)}
     world.results["path"] = raw.result(saved)["path"]
+    published = {"model_id": world.runs["results"], "seq_id": 3, "sampling_session_seq_id": 0}
+    unnamed = raw.result(raw.ok("save_weights_for_sampler", published)["request_id"])["sampling_session_id"]
+    world.results["unnamed"] = unnamed, _sample(raw, unnamed, 0)
+    raw.result(raw.optim(world.runs["results"], 4))  # the run's own weights go on
     raw.result(raw.optim(world.runs["refused"], 2, beta1=7))
     poll = threading.Thread(
         target=lambda: world.statuses.append(raw.retrieve(world.results["waiting"]).status_code)
@@ -125,6 +134,12 @@ def test_results_and_checkpoints_survive_a_stop(stopped: World) -> None:
     for request_id, result in stopped.results["results"].items():
         assert stopped.raw.result(request_id) == result
     assert _load(stopped.raw, stopped.results["path"])["type"] == "load_weights"
+
+
+def test_a_sampler_without_a_name_survives_a_stop_bitwise(stopped: World) -> None:
+    unnamed, before = stopped.results["unnamed"]
+    again = _sample(stopped.raw, unnamed, 1)
+    assert again["protobuf"].replace(b":1", b":0") == before["protobuf"].replace(b":1", b":0")
 
 
 def test_what_waited_behind_a_gap_at_a_stop_goes_on_after_the_start(stopped: World) -> None:

@@ -57,7 +57,7 @@ UNSCOPED = {
     "commands.drop_replayable_bodies", "commands.blob_keys",
     "checkpoints.add", "checkpoints.delete", "checkpoints.set_expiry", "checkpoints.set_published",
     "checkpoints.folders", "checkpoints.is_there", "checkpoints.shares_folder",
-    "samplers.next_clone",
+    "samplers.next_clone", "samplers.set_folder", "samplers.own_files",
     "uploads.finish", "uploads.old", "uploads.delete", "uploads.folders",
     "traces.keep_newest", "traces.drop_old",
     "telemetry.add", "telemetry.count", "telemetry.keep_newest", "telemetry.drop_old",
@@ -109,7 +109,7 @@ def test_the_api_and_whatever_knows_a_caller_asks_within_the_callers_scope() -> 
         "service/run.py": {"_lost"},
         "service/runs.py": {"take_up"},
         # Of a sampling session that was found within the caller's scope: whether its weights are there.
-        "service/samplers.py": {"_release_unnamed", "why_gone"},
+        "service/samplers.py": {"_release_unnamed", "put_away", "why_gone"},
         "service/sessions.py": {"is_finished", "take_up"},
         "service/uploads.py": {"put"},  # as above
         "service/steps.py": {"_claim", "_publish_ephemeral", "find_checkpoint"},

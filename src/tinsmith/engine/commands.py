@@ -197,11 +197,22 @@ class OpenSampler:
     """Make the weights in folder `path` (of a sampler or a training checkpoint) known as `sampler`.
 
     Idempotent for the same sampler and path; two samplers of one path share one copy. The folder
-    is read again whenever the weights had to make room. Answers {}.
+    is read again whenever the weights had to make room. `path` may also be a file that PutSampler wrote;
+    it then is the sampler's own, and is deleted with it. Answers {}.
     """
 
     sampler: str
     model: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutSampler:
+    """Write the weights of a sampler that has no folder into the new file `path`, as bits that OpenSampler
+    takes back. Answers {"written": bool}: there is nothing to write of one that is unknown or has a folder.
+    """
+
+    sampler: str
     path: str
 
 
@@ -285,6 +296,7 @@ Command = (
     | ReleaseRun
     | CreateLoss
     | OpenSampler
+    | PutSampler
     | ReleaseSampler
     | Sample
     | Cancel

@@ -36,6 +36,7 @@ from tinsmith.engine.commands import (
     OpenSampler,
     OptimStep,
     Piece,
+    PutSampler,
     ReleaseRun,
     ReleaseSampler,
     Reply,
@@ -238,6 +239,8 @@ class Engine:
             case OpenSampler():
                 self.snapshots.open(command.sampler, self._model(command.model), command.path)
                 answer(Done({}))
+            case PutSampler():
+                answer(Done({"written": self.snapshots.put(command.sampler, command.path)}))
             case ReleaseSampler():
                 weights = self.snapshots.release(command.sampler)
                 still_used = any(s.weights is weights for s in self.snapshots.entries.values())

@@ -6,6 +6,8 @@ come back from their checkpoint's folder, or from a file that is written when th
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,11 +15,13 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinsmith.engine import adapter_files
 from tinsmith.engine.adapter_files import FolderError
+from tinsmith.engine.commands import LoraSpec
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights, Layout
 from tinsmith.engine.runs import State
@@ -60,10 +64,35 @@ class Snapshots:
     def open(self, name: str, model: BaseModel, folder: str) -> None:
         """Raises FolderError."""
         known = self.entries.get(name)
-        if known is not None and known.folder == folder:
+        if known is not None and folder in (known.folder, str(known.spilled)):
+            return
+        if Path(folder).is_file():
+            self.entries[name] = Snapshot(model, _layout_of(folder, model), None, spilled=Path(folder))
             return
         spec, _ = adapter_files.read_spec(folder, model)
         self.entries[name] = Snapshot(model, Layout(model.slots, spec), None, folder)
+
+    def put(self, name: str, path: str) -> bool:
+        """Write the weights of a sampler that has no folder into a new file, for `open`. False where there is
+        none to write. Raises FolderError."""
+        entry = self.entries.get(name)
+        if entry is None or entry.folder is not None:
+            return False
+        about = {"lora": json.dumps(dataclasses.asdict(entry.layout.spec)), "base": _base_of(entry.model)}
+        part = Path(path).with_name(f".{Path(path).name}")
+        try:
+            if entry.weights is None:
+                assert entry.spilled is not None
+                tensors = load_file(entry.spilled)
+            else:
+                tensors = entry.weights.tensors()
+            save_file(tensors, part, about)
+            adapter_files.sync(part)
+            part.rename(path)
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise FolderError(f"the sampler's weights could not be written: {error}") from error
+        return True
 
     def weights(self, name: str, clock: int) -> tuple[BaseModel, AdapterWeights]:
         """The sampler's weights, brought back where they had to make room. Raises KeyError, FolderError."""
@@ -130,3 +159,21 @@ class Snapshots:
         if entry.spilled is not None:
             entry.spilled.unlink(missing_ok=True)
         return entry.weights
+
+
+def _base_of(model: BaseModel) -> str:
+    """What a sampler's bits are good for: sampling weights are in the model's dtype."""
+    return f"{model.fingerprint} {model.dtype}"
+
+
+def _layout_of(file: str, model: BaseModel) -> Layout:
+    """Of a file that `put` wrote. Raises FolderError, also if it belongs to another base model."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = opened.metadata() or {}
+            base, spec = about["base"], LoraSpec(**json.loads(about["lora"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise FolderError(f"the sampler's weights cannot be read: {error}") from error
+    if base != _base_of(model):
+        raise FolderError(f"the sampler's weights were made on another base than what is {model.name} here")
+    return Layout(model.slots, spec)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
+import uuid
 from collections.abc import Awaitable
 from dataclasses import replace
+from functools import partial
 
-from tinsmith.engine.commands import EngineLost, Failed, ModelInfo, OpenSampler, ReleaseSampler
+from tinsmith.engine.commands import EngineLost, Failed, ModelInfo, OpenSampler, PutSampler, ReleaseSampler
 from tinsmith.store import checkpoints, samplers
 from tinsmith.store.checkpoints import CheckpointRow
 from tinsmith.store.samplers import SamplingSessionRow
@@ -22,6 +25,8 @@ from .context import Context
 from .errors import NotFound, Refusal, Refused
 from .sessions import Sessions
 from .steps import Source, find_checkpoint, sampler_of
+
+log = logging.getLogger("tinsmith.service")
 
 
 class Samplers:
@@ -118,6 +123,8 @@ class Samplers:
         if row.sampler is None or row.sampler in self._open:
             return None
         if row.ephemeral:
+            if row.folder is not None and self._context.blobs.path(row.folder).exists():
+                return None
             return (
                 f"the weights of {row.id} were never saved under a name, and went with the engine or the"
                 " session that held them; make a new sampling client with"
@@ -161,6 +168,31 @@ class Samplers:
 
     # Ends
 
+    async def put_away(self, seconds: float) -> None:
+        """Before the engine stops: write down what only it has, so that it is there after the next start."""
+        rows = await self._context.store.read(lambda connection: samplers.ephemeral(connection, SERVER))
+        held = {row.sampler: row.folder for row in rows if row.sampler in self._open}
+        deadline = time.monotonic() + seconds
+        for sampler, before in held.items():
+            assert sampler is not None
+            key = f"samplers/{uuid.uuid4().hex}"
+            command = PutSampler(sampler, str(self._context.blobs.path(key)))
+            try:
+                left = max(0.0, deadline - time.monotonic())
+                reply = await asyncio.wait_for(self._context.engine.submit(command), left)
+            except (EngineLost, TimeoutError):
+                log.error("sampling weights without a name could not all be kept")
+                return
+            if isinstance(reply, Failed):
+                log.error("sampling weights without a name are not kept: %s", reply.message)
+                continue
+            assert isinstance(reply.payload, dict)
+            if not reply.payload["written"]:
+                continue
+            await self._context.store.write(partial(samplers.set_folder, sampler=sampler, folder=key))
+            if before is not None:
+                self._context.blobs.delete(before)
+
     async def _release_unnamed(self, session_id: str) -> None:
         """What was never saved under a name goes with its session."""
         for row in await self._context.store.read(
@@ -168,6 +200,8 @@ class Samplers:
         ):
             if row.sampler is not None:
                 self._release(row.sampler)
+            if row.folder is not None:
+                self._context.blobs.delete(row.folder)
         for id_ in [id_ for id_, row in self._rows.items() if row.session_id == session_id]:
             del self._rows[id_]  # whoever asks for it finds it in the database
 

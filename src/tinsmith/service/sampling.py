@@ -182,7 +182,9 @@ class Sampling:
         if row.folder is not None and (task := self._samplers.begin_to_open(row)) is not None:
             wrong = await asyncio.shield(task)
             if wrong is not None:
-                return Failure(f"the weights {row.model_path} could not be opened: {wrong}", "server")
+                return Failure(
+                    f"the weights {row.model_path or row.id} could not be opened: {wrong}", "server"
+                )
         if sample.request.outcome is not None:  # cancelled meanwhile
             return sample.request.outcome
         reply = await self._context.engine.submit(

@@ -105,6 +105,7 @@ class Service:
         if self.started:
             await self.runs.settle(grace)
             await self.runs.put_all_away(max(grace, _SAVING))
+            await self.samplers.put_away(_SAVING)
         if self._closing is not None and not self._closing.done():
             self._closing.set_result(None)  # wakes every long poll
         self.runs.flush()
@@ -208,7 +209,7 @@ class Service:
         blobs.sweep_unfinished()
 
         keep = self.context.store.write_now(references.blobs)
-        for kind in ("bodies", "results", "checkpoints", "snapshots", "traces", "uploads"):
+        for kind in ("bodies", "results", "checkpoints", "snapshots", "samplers", "traces", "uploads"):
             for key in blobs.keys(kind):
                 if key not in keep:
                     log.info("removing %s, which nothing refers to", key)

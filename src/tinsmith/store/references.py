@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from . import checkpoints, commands, runs, uploads
+from . import checkpoints, commands, runs, samplers, uploads
 
 
 def blobs(connection: sa.Connection) -> set[str]:
@@ -14,4 +14,5 @@ def blobs(connection: sa.Connection) -> set[str]:
         | checkpoints.folders(connection)
         | runs.snapshots(connection)
         | uploads.folders(connection)
+        | samplers.own_files(connection)
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from .scope import SERVER, Scope
-from .tables import sampling_sessions
+from .tables import sampling_sessions, sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,31 @@ def ephemeral_of(connection: sa.Connection, session_id: str, scope: Scope) -> li
         sampling_sessions.c.ephemeral,
     )
     return [SamplingSessionRow(**row._mapping) for row in connection.execute(query)]
+
+
+def ephemeral(connection: sa.Connection, scope: Scope) -> list[SamplingSessionRow]:
+    """Those without a name, of sessions that go on."""
+    query = (
+        sampling_sessions.select()
+        .join(sessions, sessions.c.id == sampling_sessions.c.session_id)
+        .where(scope.rows(sampling_sessions), scope.rows(sessions))
+        .where(sampling_sessions.c.ephemeral, sessions.c.finished_at.is_(None))
+    )
+    return [SamplingSessionRow(**row._mapping) for row in connection.execute(query)]
+
+
+def set_folder(connection: sa.Connection, sampler: str, folder: str | None) -> None:
+    """Where the weights of a sampler without a name lie: all who share it."""
+    mine = (sampling_sessions.c.sampler == sampler) & sampling_sessions.c.ephemeral
+    connection.execute(sampling_sessions.update().where(mine).values(folder=folder))
+
+
+def own_files(connection: sa.Connection) -> set[str]:
+    """The blobs that samplers without a name lie in."""
+    query = sa.select(sampling_sessions.c.folder).where(
+        sampling_sessions.c.ephemeral, sampling_sessions.c.folder.is_not(None)
+    )
+    return set(connection.scalars(query))
 
 
 def next_clone(connection: sa.Connection, id_: str) -> int:
