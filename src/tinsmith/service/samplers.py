@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,8 @@ from .sessions import Sessions
 from .steps import Source, find_checkpoint, sampler_of
 
 log = logging.getLogger("tinsmith.service")
+
+_MOST_KEPT = 16  # samplers without a name of a session that are written down at a stop
 
 
 class Samplers:
@@ -169,9 +172,15 @@ class Samplers:
     # Ends
 
     async def put_away(self, seconds: float) -> None:
-        """Before the engine stops: write down what only it has, so that it is there after the next start."""
+        """Before the engine stops: write down what only it has, so that it is there after the next start. Of
+        the many that a loop leaves behind the newest are."""
         rows = await self._context.store.read(lambda connection: samplers.ephemeral(connection, SERVER))
-        held = {row.sampler: row.folder for row in rows if row.sampler in self._open}
+        held: dict[str | None, str | None] = {}
+        number: Counter[str] = Counter()
+        for row in rows:
+            if row.sampler in self._open and row.sampler not in held and number[row.session_id] < _MOST_KEPT:
+                number[row.session_id] += 1
+                held[row.sampler] = row.folder
         deadline = time.monotonic() + seconds
         for sampler, before in held.items():
             assert sampler is not None

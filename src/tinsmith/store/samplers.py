@@ -53,12 +53,13 @@ def ephemeral_of(connection: sa.Connection, session_id: str, scope: Scope) -> li
 
 
 def ephemeral(connection: sa.Connection, scope: Scope) -> list[SamplingSessionRow]:
-    """Those without a name, of sessions that go on."""
+    """Those without a name, of sessions that go on, the newest first."""
     query = (
         sampling_sessions.select()
         .join(sessions, sessions.c.id == sampling_sessions.c.session_id)
         .where(scope.rows(sampling_sessions), scope.rows(sessions))
         .where(sampling_sessions.c.ephemeral, sessions.c.finished_at.is_(None))
+        .order_by(sampling_sessions.c.created_at.desc())
     )
     return [SamplingSessionRow(**row._mapping) for row in connection.execute(query)]
 
