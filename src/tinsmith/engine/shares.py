@@ -22,6 +22,7 @@ from tinsmith.engine.commands import Share
 SLACK = 0.02  # seconds that a key may lack before others stand back
 _MOST = 2.0  # seconds: what is lacking beyond is forgotten,
 _LEAST = -1.0  # and so is what was received beyond
+_FALLS, _RISES = 0.3, 0.02  # by how much of what is measured an estimate moves
 RECENT = 5.0  # seconds for which a key without work is expected back
 
 
@@ -133,7 +134,9 @@ class Shares:
 
 
 class Costs:
-    """How long a step of so many rows takes, as measured: per power of two a running mean."""
+    """How long a step of so many rows takes when nothing disturbs it, as measured, per power of two. It falls
+    quickly and rises slowly: other processes make some steps many times as long as the rest, and a mean of
+    those would credit a few rows in the passes of somebody else's flood with more than they received."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
@@ -141,7 +144,9 @@ class Costs:
     def observe(self, rows: int, seconds: float) -> None:
         bucket = _bucket(rows)
         known = self._seconds.get(bucket)
-        self._seconds[bucket] = seconds if known is None else known + 0.2 * (seconds - known)
+        self._seconds[bucket] = (
+            seconds if known is None else known + (_FALLS if seconds < known else _RISES) * (seconds - known)
+        )
 
     def estimate(self, rows: int, whole_rows: int, whole_seconds: float) -> float:
         """Seconds that `rows` would take alone. Without a measurement of that size, their part of a
