@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.engine.reference import Reference
 from tests.engine.test_sampler import PLENTY, ids, lps, run, sample, trainer_logprobs
@@ -133,3 +134,14 @@ def test_routers_have_no_adapters(tmp_path: Path) -> None:
     model = load(make_family("Jamba", "ForCausalLM", tmp_path / "jamba", settings))
     assert any(slot.experts for slot in model.slots)
     assert not [slot.name for slot in model.slots if "router" in slot.name]
+
+
+def test_states_of_another_type_than_the_weights_are_cast_as_the_model_does(
+    folder: Callable[[str], Path],
+) -> None:
+    model = load(folder("no attention"), torch.bfloat16)  # which keeps its residuals in fp32
+    check(model)
+    (out,) = run(Sampler(model, PLENTY), (sample("s", tokens(20, 1), max_tokens=5, stop=()), None))
+    (sequence,) = out.sequences
+    expected = trainer_logprobs(model, None, tokens(20, 1) + ids(sequence))[19:]
+    assert relative(lps(sequence), expected) < 2e-2

@@ -33,7 +33,9 @@ def find_unembedding(module: Any, body: nn.Module, token_ids: Tensor) -> Unembed
         logits = module(input_ids=token_ids.unsqueeze(0), use_cache=False).logits[0]
     called = bool(seen)
     made = seen[-1] if called else body(input_ids=token_ids.unsqueeze(0), use_cache=False)
-    if torch.equal(head(made.last_hidden_state[0]).to(logits.dtype), logits):
+    states = made.last_hidden_state[0]
+    alike = states.dtype is head.weight.dtype  # else the model's own forward casts them
+    if alike and torch.equal(head(states).to(logits.dtype), logits):
         return head
     if not called:
         raise RuntimeError("its forward does not go through its body")
