@@ -36,14 +36,14 @@ def test_this_machine_needs_no_more_than_sixteen(folder: Folder, family: str, dt
 def test_a_machine_that_needs_more_gets_more(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if products were row-invariant in multiples of 32 only: the engine stays exact with that padding."""
     real = exactness._rows_hold
-    monkeypatch.setattr(exactness, "_rows_hold", lambda x, w: PADDING.rows >= 32 and real(x, w))
+    monkeypatch.setattr(exactness, "_rows_hold", lambda x, product: PADDING.rows >= 32 and real(x, product))
     assert settle([load(folder("qwen3"))], 64) == {"tests/qwen3": []}
     assert PADDING.rows == 32
     TrainingExactness().seven_other_tenants(load(folder("qwen3")))
 
 
 def test_what_no_padding_repairs_is_named(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exactness, "_rows_hold", lambda x, w: x.shape[1] != 128)
+    monkeypatch.setattr(exactness, "_rows_hold", lambda x, product: x.shape[1] != 128)
     (found,) = settle([load(folder("qwen3"))], 64).values()
     assert any("linear 128 -> 64" in reason for reason in found)
     assert PADDING.rows == 16

@@ -50,7 +50,7 @@ from tinsmith.engine.exactness_gpu import failures_on_gpu
 from tinsmith.engine.failures import failed
 from tinsmith.engine.imports import import_adapter
 from tinsmith.engine.losses.custom import read_program
-from tinsmith.engine.memory import LEAST, Budget, available_memory
+from tinsmith.engine.memory import LEAST, Budget, available_memory, give_back
 from tinsmith.engine.metrics import Metrics
 from tinsmith.engine.model.attention import PADDING
 from tinsmith.engine.model.base import BaseModel
@@ -101,6 +101,7 @@ class Engine:
                 trust_remote_code=config.trust_remote_code,
             )
             check(model)
+            give_back()
             self.models[source.name] = model
         if self.device.type == "cpu":
             self._inexact = settle(list(self.models.values()), config.max_rank)

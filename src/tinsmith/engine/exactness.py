@@ -9,15 +9,17 @@ so it is tried at start, on the very shapes that the models use; the padding tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinsmith.engine.kv_cache import PagePool
+from tinsmith.engine.memory import give_back
 from tinsmith.engine.model.attention import PADDING, PAGE, pad_rows
 from tinsmith.engine.model.base import BaseModel
-from tinsmith.engine.model.lora import LoraLinear
+from tinsmith.engine.model.lora import GateLinear, LoraLinear, by_torch
 from tinsmith.engine.model.packing import PackedSequences, Pass, Segment, running
 from tinsmith.engine.paged_attention import Chunk, PagedAttention
 from tinsmith.engine.states import SampledRecurrence, StatePool
@@ -26,7 +28,7 @@ _TOGETHER = (1, 2, 3, 4, 5, 7, 8, 13, 21)  # how many sequences go through the r
 _BATCHES = (1, 4, 8, 16)  # what their number is filled up to: the smallest multiple that is exact
 _NARROW = 16
 _DRAWS = 24  # times that is tried: two ways to a function differ in the last bit of few numbers only
-_COPIED = 1 << 22  # numbers of a weight of which a transposed copy may be made
+_WHOLE, _PART = 1 << 26, 1 << 24  # numbers of a matrix that is tried as it is, and of what is of larger ones
 _COUNTS = (1, 2, 3, 5, 11)  # how many times the padding: odd counts reach the kernels' remainders
 
 
@@ -59,41 +61,50 @@ def failures(model: BaseModel, max_rank: int) -> list[str]:
         return torch.randn(*shape, generator=generator, dtype=model.dtype).to(model.device)
 
     found: list[str] = []
-    shapes = {(s.in_features, s.out_features) for s in model.slots}
-    ranks = {pad_rows(r) for r in (1, 32, max_rank)}
-    products = {(i, o) for i, o in shapes if i * o <= 1 << 26}
-    products |= {(i, r) for i, _ in shapes for r in ranks} | {(r, o) for _, o in shapes for r in ranks}
-    products |= {(o, i) for i, o in products}
-    products |= model.routers
-    # The model's own weights where there are some: others as large would need memory that nothing else does.
-    own = {
-        tuple(reversed(m.weight.shape)): m.weight.detach()
-        for m in model.module.modules()
-        if isinstance(m, LoraLinear)
-    }
-    for inner, outer in sorted(products):
-        narrow = min(inner, outer) < _NARROW
-        for _ in range(_DRAWS if narrow else 1):
-            x = random((5 if narrow else 2) * max(_COUNTS) * PADDING.rows, inner)
-            weight = own.get((inner, outer))
-            if weight is None and (outer, inner) in own:
-                weight = own[outer, inner].T
-            if weight is None:
-                weight = random(outer, inner).mul_(inner**-0.5)
-            if not _rows_hold(x, weight):
-                found.append(f"linear {inner} -> {outer} in {model.dtype}")
-                break
+    for (height, width), own in sorted(_matrices(model, max_rank).items(), key=lambda item: item[0]):
+        # Rows of one length meet a matrix on the way forward, rows of the other on the way back.
+        for inner, outer, forward in ((width, height, True), (height, width, False)):
+            narrow = min(inner, outer) < _NARROW
+            for _ in range(_DRAWS if narrow else 1):
+                matrix = random(height, width).mul_(inner**-0.5) if own is None else own
+                rows = random((5 if narrow else 2) * max(_COUNTS) * PADDING.rows, inner)
+                held = _rows_hold(rows, partial(_forward if forward else _back, matrix))
+                del matrix, rows
+                give_back()
+                if not held:
+                    found.append(f"linear {inner} -> {outer} in {model.dtype}")
+                    break
     for shape, layer in {shape: layer for layer, shape in model.attention_layers.items()}.items():
         if not _attention_holds(model, layer, random):
             found.append(f"attention with heads of {shape.key_dim} in {model.dtype}")
     if model.has_gates and not _sigmoid_holds(random(_DRAWS, 3 * PADDING.rows, 1)):
         found.append(f"sigmoid of one number a row in {model.dtype}")
-    table = random(max(_COUNTS) * PADDING.rows, model.vocab_size)
+    table = random(5 * PADDING.rows, model.vocab_size)
+    whole = model.log_softmax(table)
     if any(
-        not torch.equal(model.log_softmax(table[:n]), model.log_softmax(table)[:n])
-        for n in (1, PADDING.rows, 3 * PADDING.rows)
+        not torch.equal(model.log_softmax(table[:n]), whole[:n]) for n in (1, PADDING.rows, 3 * PADDING.rows)
     ):
         found.append(f"log_softmax over {model.vocab_size}")
+    return found
+
+
+def _matrices(model: BaseModel, max_rank: int) -> dict[tuple[int, int], Tensor | None]:
+    """The shapes of the matrices that rows meet in torch's products, as they lie in memory, each with one of
+    the model's own where it has such: others as large would need memory that nothing else does."""
+    found: dict[tuple[int, int], Tensor | None] = {(out, inner): None for inner, out in model.routers}
+    for slot in model.slots:
+        if by_torch(slot, model.device, model.dtype):
+            for rank in {pad_rows(r) for r in (1, 32, max_rank)}:
+                found[rank, slot.in_features] = found[slot.out_features, rank] = None
+    for module in model.module.modules():
+        own: list[Tensor] = []
+        if isinstance(module, (LoraLinear, GateLinear)):
+            own = [module.weight]
+        elif hasattr(module, "tinsmith_name"):  # experts, [experts, ., .]
+            own = [weight[0] for weight in module.parameters(recurse=False) if weight.dim() == 3]
+        for matrix in own:
+            part = matrix if matrix.numel() <= _WHOLE else matrix[: _PART // matrix.shape[1]]
+            found[part.shape[0], part.shape[1]] = part.detach()
     return found
 
 
@@ -146,23 +157,25 @@ def _sigmoid_holds(x: Tensor) -> bool:
     return all(torch.equal(torch.sigmoid(rows[part].clone()), torch.sigmoid(rows)[part]) for rows in x)
 
 
-def _rows_hold(x: Tensor, weight: Tensor) -> bool:
-    """x: [rows, in], weight: [out, in]. Narrow products go other ways than wide ones, which differ seldom:
-    those are tried in many places."""
-    # Large ones are a model's own, of which the transposed one is tried by itself.
-    back = weight if weight.shape[0] == weight.shape[1] else weight.T
-    back = back if weight.numel() > _COPIED else back.contiguous()
-    whole, whole_back = F.linear(x, weight), x @ back
+def _forward(matrix: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x, matrix)
+
+
+def _back(matrix: Tensor, x: Tensor) -> Tensor:
+    return x @ matrix
+
+
+def _rows_hold(x: Tensor, product: Callable[[Tensor], Tensor]) -> bool:
+    """x: [rows, in]. Narrow products go other ways than wide ones, which differ seldom: those are tried in
+    many places."""
+    whole = product(x)
     tries = [(c, start) for c in _COUNTS for start in (0, PADDING.rows * max(_COUNTS))]
-    if min(weight.shape) < _NARROW:
+    if min(x.shape[1], whole.shape[1]) < _NARROW:
         tries += [(1, start) for start in range(0, len(x), PADDING.rows)]
-    for count, start in tries:
-        rows = slice(start, start + count * PADDING.rows)
-        if not torch.equal(F.linear(x[rows], weight), whole[rows]):
-            return False
-        if not torch.equal(x[rows] @ back, whole_back[rows]):
-            return False
-    return True
+    return all(
+        torch.equal(product(x[rows]), whole[rows])
+        for rows in (slice(start, start + count * PADDING.rows) for count, start in tries)
+    )
 
 
 def _attention_holds(model: BaseModel, layer: int, random: Callable[..., Tensor]) -> bool:

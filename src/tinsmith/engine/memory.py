@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +54,13 @@ def available_memory(device: torch.device) -> int:
         if limit.isdigit():
             free = min(free, int(limit))
     return int(free * 0.8)
+
+
+def give_back() -> None:
+    """Return freed memory to the system, which this process otherwise keeps for its next tensors (see
+    process.py)."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _lines(path: str) -> list[str]:

@@ -301,6 +301,12 @@ def _by_kernel(x: Tensor, columns: slice) -> bool:
     return kernel.usable(x.device, x.dtype) and kernel.packable(x.shape[1], columns.stop - columns.start)
 
 
+def by_torch(slot: Slot, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an adapter's products there are torch's."""
+    by_kernel = kernel.usable(device, dtype) and kernel.packable(slot.in_features, slot.out_features)
+    return bool(slot.experts) or not by_kernel
+
+
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, this: Pass
 ) -> tuple[Tensor, list[Tensor | None]]:
