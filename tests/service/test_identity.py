@@ -18,7 +18,8 @@ def test_a_token_that_was_read_before_still_ends(monkeypatch: pytest.MonkeyPatch
     token = identities.issue(CALLER, until=now + 100)
     for _ in range(2):
         read = identities.read(token)
-        assert read is not None and (read.key_id, read.expires_at) == ("key", int(now + 100))
+        assert read is not None
+        assert (read.key_id, read.expires_at) == ("key", int(now + 100))
     monkeypatch.setattr(time, "time", lambda: now + 101)
     assert identities.read(token) is None
 
