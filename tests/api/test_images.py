@@ -93,6 +93,10 @@ def test_an_image_counts_as_its_places_in_the_books(server: Server) -> None:
     [
         (seen(expected=9), r"chunks\[1\].expected_tokens is 9; this model makes 8"),
         (seen(data=picture()[:100]), r"chunks\[1\] cannot be decoded as png"),
+        (
+            seen(data=picture("GIF")),
+            r"chunks\[1\] cannot be decoded as png: its bytes are those of no png or jpeg",
+        ),
         (seen(data=picture("JPEG")), r"chunks\[1\] has the format 'png', but its data is jpeg"),
     ],
 )

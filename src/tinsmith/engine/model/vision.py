@@ -338,6 +338,10 @@ def _decode(chunk: ImageChunk) -> PIL.Image.Image:
             found, (width, height) = str(opened.format).lower(), opened.size
             if found == chunk.format and width * height <= MOST_PIXELS:
                 image = PIL.ImageOps.exif_transpose(opened).convert("RGB")
+    except PIL.UnidentifiedImageError:  # its own text is an address in memory
+        raise ValueError(
+            f"cannot be decoded as {chunk.format}: its bytes are those of no png or jpeg"
+        ) from None
     except Exception as error:  # Pillow's decoders raise what they like
         raise ValueError(f"cannot be decoded as {chunk.format}: {_short(error)}") from error
     if found != chunk.format:
