@@ -537,6 +537,11 @@ class TestFoldersThatSomethingIsWrongWith:
         with pytest.raises(ModelError, match=rf"{model}: .*num_experts_per_tok 99, of 8 experts"):
             BaseModel("tests/moe", str(model), CPU, torch.float32)
 
+    def test_attention_that_cannot_be_replaced(self, model: Path) -> None:
+        config = {"model_type": "gptj", "architectures": ["GPTJForCausalLM"], "n_embd": 64, "n_head": 4}
+        (model / "config.json").write_text(json.dumps(config | {"n_layer": 2, "rotary_dim": 8}))
+        assert "no GPTJForCausalLM can be built from it: it takes attention from a table" in refusal(model)
+
     def test_end_tokens_that_are_none(self, model: Path) -> None:
         (model / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
         assert f"{model / 'generation_config.json'}: eos_token_id must be" in refusal(model)

@@ -64,8 +64,11 @@ def draw(path: str, dtype: torch.dtype, *, trust_remote_code: bool = False, whol
                 config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=remote
             )
     except Exception as error:
+        reason = short(error)
+        if isinstance(error, KeyError) and error.args == ("tinsmith",):
+            reason = "it takes attention from a table of its own, not from transformers' AttentionInterface"
         raise ModelError(
-            f"{folder / 'config.json'}: no {_architecture(raw)} can be built from it: {short(error)}"
+            f"{folder / 'config.json'}: no {_architecture(raw)} can be built from it: {reason}"
         ) from error
     use_own_experts(module)
     return Blueprint(folder, raw, config, module.eval(), quantized, remote)
