@@ -98,7 +98,7 @@ def test_pages_that_move_are_found(folder: Folder) -> None:
     for position in range(3):
         found = step(model, pool, program, [(0, 1, position, None)])
         assert torch.equal(found, step(model, other, None, [(0, 1, position, None)]))
-        pool._grow(2 * len(pool._references))
+        pool._grow(2 * pool.places)
 
 
 def made_to(change: Callable[[Tensor], Any], model: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:

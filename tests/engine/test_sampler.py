@@ -16,6 +16,7 @@ from tests.engine.tiny import load, make_run, tokens
 from tinsmith.engine import sampler as module
 from tinsmith.engine.commands import Done, Failed, Reply, Sample, SampleParams
 from tinsmith.engine.kernels import attention
+from tinsmith.engine.kv_cache import PagePool
 from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
@@ -109,6 +110,15 @@ def trainer_logprobs(model: BaseModel, weights: AdapterWeights | None, text: Seq
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
+
+
+def test_room_that_is_not_used_costs_nothing(folder: Folder) -> None:
+    """A model whose layers keep no keys has pages of no size, and so any number of them."""
+    model = load(folder("qwen3"))
+    model.attention_layers = {}
+    pool = PagePool(model, 1 << 50)
+    assert [pool.allocate() for _ in range(3)] == [1, 2, 3]
+    assert pool.used == 3
 
 
 class TestExact:

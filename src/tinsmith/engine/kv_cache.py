@@ -47,9 +47,9 @@ class PagePool:
         self.capacity = max(4, cache_bytes // self.page_bytes)
         self.keys: dict[int, Tensor] = {}  # by layer
         self.values: dict[int, Tensor] = {}
-        self._references: list[int] = []
+        self.places = 0  # pages that the tensors have room for
+        self._references: list[int] = []  # of each page that was ever used: those are the first ones
         self._free: list[int] = []
-        self._used: set[int] = set()  # pages that were somebody's once
         self._known: dict[bytes, int] = {}  # content -> page
         self._content: dict[int, tuple[bytes, int]] = {}  # page -> (content, serial of the weights)
         self._idle: OrderedDict[int, None] = OrderedDict()  # known pages without references, oldest first
@@ -58,11 +58,10 @@ class PagePool:
             self._grow(self.capacity + 1, _mapped if model.device.type == "cpu" else torch.zeros)
         except OSError:
             self._grow(min(self.capacity + 1, 64))
-        self._free.remove(NULL)
-        self._references[NULL] = 1
+        self._references.append(1)  # NULL's
 
     def _grow(self, pages: int, zeros: Callable[..., Tensor] = torch.zeros) -> None:
-        have = len(self._references)
+        have = self.places
         self.generation = next(_generations)
         for layer, shape in self.model.attention_layers.items():
             heads, keys, values = shape.kv_heads, shape.key_dim, shape.value_dim
@@ -78,8 +77,7 @@ class PagePool:
                 if have:
                     new[:have] = store[layer]
                 store[layer] = new
-        self._references += [0] * (pages - have)
-        self._free += range(pages - 1, have - 1, -1)
+        self.places = pages
 
     @property
     def used(self) -> int:
@@ -88,10 +86,13 @@ class PagePool:
 
     def allocate(self) -> int | None:
         """A page with one reference, or None when all are in use."""
-        if not self._free and len(self._references) < self.capacity + 1:
-            self._grow(min(self.capacity + 1, 2 * len(self._references)))
         if self._free:
             page = self._free.pop()
+        elif (page := len(self._references)) <= self.capacity:
+            if page == self.places:
+                self._grow(min(self.capacity + 1, 2 * page))
+            self._references.append(1)
+            return page
         elif self._idle:
             page, _ = self._idle.popitem(last=False)
             self._forget(page)
@@ -104,10 +105,9 @@ class PagePool:
     def _clear(self, page: int) -> None:
         """Forget the values that a sequence before left in a page. What a query does not see weighs zero, but
         zero times a number that is not finite is not zero. The kernels read no such values."""
-        if not (self.on_gpu or self.by_kernel) and page in self._used:
+        if not (self.on_gpu or self.by_kernel):
             for values in self.values.values():
                 values[page] = 0
-        self._used.add(page)
 
     def share(self, page: int) -> None:
         if self._references[page] == 0:
