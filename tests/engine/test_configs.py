@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from tests.engine.reference import Reference
 from tests.engine.test_sampler import PLENTY, ids, lps, run, sample, trainer_logprobs
@@ -143,5 +144,11 @@ def test_states_of_another_type_than_the_weights_are_cast_as_the_model_does(
     check(model)
     (out,) = run(Sampler(model, PLENTY), (sample("s", tokens(20, 1), max_tokens=5, stop=()), None))
     (sequence,) = out.sequences
-    expected = trainer_logprobs(model, None, tokens(20, 1) + ids(sequence))[19:]
-    assert relative(lps(sequence), expected) < 2e-2
+    text = tokens(20, 1) + ids(sequence)
+    expected = trainer_logprobs(model, None, text)
+    assert relative(lps(sequence), expected[19:]) < 2e-2
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder("no attention"), dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits = plain(torch.tensor([text])).logits.float()
+    theirs = logits.log_softmax(-1)[0, torch.arange(len(text) - 1), text[1:]]
+    assert relative(expected, theirs) < 2e-2

@@ -43,6 +43,12 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     return function
 
 
+def _same_dtype(x: Tensor, other: Tensor) -> None:
+    """A kernel reads all of its operands as what the first one is. Raises TypeError."""
+    if x.dtype is not other.dtype:
+        raise TypeError(f"operands of one dtype are needed, not {x.dtype} and {other.dtype}")
+
+
 def _gpu() -> Any:
     return gpu.module("triton_elementwise")
 
@@ -58,6 +64,7 @@ class NormStyle(enum.IntEnum):
 
 def norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle) -> Tensor:
     """RMS norm over the last dimension: x [..., n], weight [n], one dtype -> [..., n] dense."""
+    _same_dtype(x, weight)
     if torch.is_grad_enabled() and x.requires_grad:
         result: Tensor = _Norm.apply(x, weight, eps, style)
         return result
@@ -103,6 +110,7 @@ class _Norm(torch.autograd.Function):
 
 def gate(x: Tensor, up: Tensor) -> Tensor:
     """silu(x) * up, both [..., n] of one shape and dtype."""
+    _same_dtype(x, up)
     if torch.is_grad_enabled() and (x.requires_grad or up.requires_grad):
         result: Tensor = _Gate.apply(x, up)
         return result

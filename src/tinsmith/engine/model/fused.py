@@ -67,9 +67,13 @@ class FusedNorm(nn.Module):
         self.weight = base.weight
         self.variance_epsilon = _epsilon(base)
         self.style = style
+        self._plain = base.forward
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernel.norm(x, self.weight, self.variance_epsilon, self.style)  # type: ignore[arg-type]
+        if x.dtype is not self.weight.dtype:  # some keep what runs past their layers in fp32 (Mamba-2)
+            plain: Tensor = self._plain(x)
+            return plain
+        return kernel.norm(x, self.weight, self.variance_epsilon, self.style)
 
 
 def _epsilon(module: nn.Module) -> float:
