@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.families import make, make_odd
-from tests.harness import MODEL, Server, datum, free_port
+from tests.harness import MODEL, Server, datum, free_port, wait_for
 from tinsmith.cli import main
 from tinsmith.cli.serve import _listen
 from tinsmith.settings import Settings
@@ -81,6 +81,7 @@ def test_the_first_start_prints_a_key_once_and_where_things_are(tiny_model: Path
     server.environment["TINSMITH_BOOTSTRAP_API_KEY"] = ""
     server.start()
     try:
+        wait_for(lambda: "API key" in server.log(), what="the server to say where things are")
         (key,) = re.findall(r"API key +(tml-\S+)", server.log())
         for part in (server.url, "tests/tiny", "device    cpu", str(tmp_path / "data")):
             assert part in server.log()
