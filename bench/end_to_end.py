@@ -11,53 +11,18 @@ model and on one a tenth its size.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import secrets
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from common import Target, machine, make_model, median_time, table, with_surroundings, write
 from engine_runs import MODEL, RANK, Runs, body, sequences
+from serving import server
 
 LENGTHS = [512] * 8
 PROMPT, OUTPUT, BATCH = 64, 128, 16
 SMALL = {"hidden": 256, "layers": 2, "inner": 512}
-
-
-@contextlib.contextmanager
-def server(folder: Path) -> Iterator[tuple[str, str]]:
-    """A server of our own with this one model: (address, key)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    key, url = f"tml-{secrets.token_hex(8)}", f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory() as data:
-        command = [sys.executable, "-m", "tinsmith", "serve", "--port", str(port), "--data", data]
-        process = subprocess.Popen(
-            [*command, "--model", f"{MODEL}={folder}", "--dtype", "bf16", "--device", "cpu"],
-            env={**os.environ, "TINSMITH_BOOTSTRAP_API_KEY": key},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            for _ in range(240):
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"{url}/api/v1/healthz", timeout=5).close()
-                    break
-                time.sleep(0.25)
-            yield url, key
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
 
 
 def by_sdk(folder: Path, runs: int, *, only_publish: bool = False) -> dict[str, float]:
@@ -65,7 +30,8 @@ def by_sdk(folder: Path, runs: int, *, only_publish: bool = False) -> dict[str, 
     import tinker
     from tinker import types
 
-    with server(folder) as (url, key), tinker.ServiceClient(base_url=url, api_key=key) as service:
+    flags = ("--model", f"{MODEL}={folder}", "--dtype", "bf16", "--device", "cpu")
+    with server(*flags) as (url, key, _), tinker.ServiceClient(base_url=url, api_key=key) as service:
         run = service.create_lora_training_client(MODEL, rank=RANK)
         data = [
             types.Datum(

@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ import zstandard
 from common import Target, machine, make_model, table, write
 from engine_runs import MODEL, RANK, body, sequences
 from flood import PROTOBUF, QUEUE
+from serving import server
 
 KINDS = ("training", "samples")
 
@@ -57,29 +56,12 @@ class Service:
 
 @contextlib.contextmanager
 def service(folder: Path) -> Iterator[Service]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as data:
-        made = Service(f"http://127.0.0.1:{port}", Path(data), {})
+    flags = ("--model", f"{MODEL}={folder}", "--dtype", "bf16", "--device", "cpu")
+    with server(*flags, orderly=False) as (url, _, data):
+        made = Service(url, data, {})
         for name in ("steady", "flood"):
             made.keys[name] = made.operate("keys", "create", name)
-        command = [sys.executable, "-m", "tinsmith", "serve", "--port", str(port), "--data", data]
-        process = subprocess.Popen(
-            [*command, "--model", f"{MODEL}={folder}", "--dtype", "bf16", "--device", "cpu"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            for _ in range(240):
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"{made.url}/api/v1/healthz", timeout=5).close()
-                    break
-                time.sleep(0.25)
-            yield made
-        finally:
-            process.kill()  # nothing of it is to be kept; the engine ends with it
-            process.wait(60)
+        yield made
 
 
 # Beside the flood

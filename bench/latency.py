@@ -9,55 +9,20 @@ boundary add. The target: less than 10 ms for an optim_step.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from common import machine, table
+from serving import server
 
 MODEL = "tinsmith/tin-5m"
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "tinsmith" / "assets" / "models" / "tin-5m"
 TOKENS = list(range(300, 317))
 RUNS = 60
-
-
-@contextlib.contextmanager
-def server() -> Iterator[tuple[str, str]]:
-    """A server of our own: (address, key)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    key, url = f"tml-{secrets.token_hex(8)}", f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory() as data:
-        command = [sys.executable, "-m", "tinsmith", "serve", "--port", str(port), "--data", data]
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "TINSMITH_BOOTSTRAP_API_KEY": key},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            for _ in range(120):
-                try:
-                    urllib.request.urlopen(f"{url}/api/v1/healthz", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            yield url, key
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
 
 
 def milliseconds(work: Callable[[], object], runs: int = RUNS) -> tuple[float, float]:
@@ -78,7 +43,7 @@ def through_the_sdk() -> dict[str, tuple[float, float]]:
 
     prompt = types.ModelInput.from_ints(TOKENS)
     one = types.SamplingParams(max_tokens=1, temperature=0.0)
-    with server() as (url, key), tinker.ServiceClient(base_url=url, api_key=key) as service:
+    with server() as (url, key, _), tinker.ServiceClient(base_url=url, api_key=key) as service:
         run = service.create_lora_training_client(MODEL, rank=32)
         datum = types.Datum(
             model_input=types.ModelInput.from_ints(TOKENS[:-1]),
