@@ -11,9 +11,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import uvicorn
 
@@ -61,7 +61,7 @@ def serve(settings: Settings, make_engine: MakeEngine) -> int:
         store = Store.open(Store.local_url(settings.data))
         try:
             new_key = first_key(store, _bootstrap_key())
-            return _run_loop(_serve(settings, store, make_engine, new_key))
+            return asyncio.run(_serve(settings, store, make_engine, new_key))
         finally:
             store.close()
 
@@ -246,11 +246,3 @@ def _print_banner(settings: Settings, service: Service, listener: socket.socket,
     if new_key is not None:
         lines.append(f"  API key   {new_key}  (shown this once; more: tinsmith keys create NAME)")
     print("\n".join(lines), flush=True)
-
-
-def _run_loop(main: Coroutine[Any, Any, int]) -> int:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
