@@ -278,8 +278,8 @@ def _sample(bench: Bench, model: Any, count: int, output: int, adapters: int = 0
             pass
         best = max(best, (count * output - before) / (time.perf_counter() - started))
         assert len(replies) == count
-    if sampler.decoder is not None and sampler.decoder.trouble:
-        bench.say("decode steps were not captured", sampler.decoder.trouble)
+    if sampler.runner.decoder is not None and sampler.runner.decoder.trouble:
+        bench.say("decode steps were not captured", sampler.runner.decoder.trouble)
     return best
 
 

@@ -165,9 +165,9 @@ class TestSampling:
         ):
             assert ids(ours.sequences[0]) == ids(theirs.sequences[0])
             assert relative(lps(ours.sequences[0]), lps(theirs.sequences[0])) < 1e-5
-        assert sampler.decoder is not None
-        assert sampler.decoder._steps, "the decode steps went through it"
-        assert not sampler.decoder.trouble
+        assert sampler.runner.decoder is not None
+        assert sampler.runner.decoder._steps, "the decode steps went through it"
+        assert not sampler.runner.decoder.trouble
 
     def test_draws_and_the_likeliest_tokens_too(self, family: Folder, on_gpu: Callable[[], None]) -> None:
         options = {"temperature": 0.7, "num_samples": 2, "topk_sample": 3, "prompt_logprobs": True}

@@ -32,8 +32,8 @@ def test_prefill_beside_those_who_decode_is_cut_on_a_gpu(folder: Callable[[str],
     sampler = Sampler(load(folder("qwen3")), PLENTY)
     sampler.add(sample("decoding", tokens(20, 1), max_tokens=9, stop=()), None, lambda _: None)
     sampler.step()
-    sampler.decoder = object()  # type: ignore[assignment]
+    sampler.runner.decoder = object()  # type: ignore[assignment]
     sampler._pace.rows = lambda most: min(most, 100)  # type: ignore[method-assign]
     sampler.add(sample("long", tokens(400, 2), max_tokens=1, stop=()), None, lambda _: None)
-    sampler._admit()
-    assert [count for _, count in sampler._plan()] == [1, 100]
+    sampler.scheduler.admit()
+    assert [count for _, count in sampler.scheduler.plan(sampler._prefill_rows())] == [1, 100]

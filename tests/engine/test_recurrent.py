@@ -13,9 +13,8 @@ from tests.engine.test_sampler import PLENTY, run, sample
 from tests.engine.test_training import sequences, train
 from tests.engine.tiny import load, logprobs, make_run, relative, request, tokens
 from tests.families import make
-from tinsmith.engine import sampler as module
+from tinsmith.engine import sample_scheduler as module
 from tinsmith.engine.exactness import settle
-from tinsmith.engine.kv_cache import PagePool
 from tinsmith.engine.sampler import Sampler
 
 NAMES = ["Qwen3_5Text", "NemotronH", "KimiLinear", "Gemma2"]
@@ -68,10 +67,10 @@ class TestRecurrent:
             for i, w in enumerate((None, weights, make_run(model, 4, 9).weights, None))
         ]
         tight = Sampler(model, PLENTY)
-        tight.pool = PagePool(model, 9 * tight.pool.page_bytes)
+        tight.pool.capacity = 9
         put_off: list[object] = []
-        real = tight._put_off
-        monkeypatch.setattr(tight, "_put_off", lambda s: (put_off.append(s), real(s)))
+        real = tight.scheduler.put_off
+        monkeypatch.setattr(tight.scheduler, "put_off", lambda s: (put_off.append(s), real(s)))
         beside = run(tight, *others[:2], (command, weights), *others[2:], gap=2)[2]
         assert put_off, "the test wants a sequence that had to make room"
         for a, b in zip(alone.sequences, beside.sequences, strict=True):

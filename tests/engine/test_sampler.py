@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engine.tiny import load, make_run, tokens
-from tinsmith.engine import sampler as module
+from tinsmith.engine import sample_scheduler as module
 from tinsmith.engine.commands import Done, Failed, Reply, Sample, SampleParams
 from tinsmith.engine.kernels import attention
 from tinsmith.engine.kv_cache import PagePool
@@ -155,8 +155,8 @@ class TestExact:
         monkeypatch.setitem(module.PREFILL_ROWS, "cpu", 48)
         tight = Sampler(model, 14 * Sampler(model, PLENTY).pool.page_bytes)
         put_off: list[object] = []
-        real = tight._put_off
-        monkeypatch.setattr(tight, "_put_off", lambda s: (put_off.append(s), real(s)))
+        real = tight.scheduler.put_off
+        monkeypatch.setattr(tight.scheduler, "put_off", lambda s: (put_off.append(s), real(s)))
         beside = run(tight, *others[:2], (command, weights), *others[2:], gap=2)[2]
         assert put_off, "the test wants a sequence that had to make room"
         for a, b in zip(alone.sequences, beside.sequences, strict=True):

@@ -11,7 +11,7 @@ import pytest
 
 from tests.engine.test_sampler import PLENTY, sample
 from tests.engine.tiny import load, request, tokens
-from tinsmith.engine import sampler as module
+from tinsmith.engine import sample_scheduler as module
 from tinsmith.engine.commands import (
     AdamParams,
     CreateAdapter,

@@ -30,10 +30,9 @@ from tests.engine.tiny import (
     tensor,
     tokens,
 )
-from tinsmith.engine import sampler as module
+from tinsmith.engine import sample_scheduler as module
 from tinsmith.engine.commands import Sample
 from tinsmith.engine.exactness import settle
-from tinsmith.engine.kv_cache import PagePool
 from tinsmith.engine.model import vision
 from tinsmith.engine.model.checks import check
 from tinsmith.engine.sampler import Sampler
@@ -267,10 +266,10 @@ class TestSampling:
             )
         ]
         tight = Sampler(model, PLENTY)
-        tight.pool = PagePool(model, 12 * tight.pool.page_bytes)
+        tight.pool.capacity = 12
         put_off: list[object] = []
-        real = tight._put_off
-        monkeypatch.setattr(tight, "_put_off", lambda s: (put_off.append(s), real(s)))
+        real = tight.scheduler.put_off
+        monkeypatch.setattr(tight.scheduler, "put_off", lambda s: (put_off.append(s), real(s)))
         beside = run(tight, *others[:2], (command, weights), *others[2:], gap=2)[2]
         assert put_off, "the test wants a sequence that had to make room"
         for a, b in zip(alone.sequences, beside.sequences, strict=True):
