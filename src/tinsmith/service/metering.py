@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import cast
+from typing import TypeVar, cast
 
 from tinsmith.store import Connection, Store, ledger
 from tinsmith.store.ledger import HOUR, Entry, hour_of
@@ -27,6 +27,7 @@ _FOREVER = 2**62
 _HOURS_AT_ONCE = 48  # of storage, in one transaction
 
 ZERO = Decimal(0)
+K = TypeVar("K")
 
 
 class Meter:
@@ -44,10 +45,16 @@ class Meter:
         self._accrued = 0  # the hour in which storage was last entered
         self._spent: dict[Place, Decimal] = {}
         self._owed: dict[Place, Decimal] = {}  # what is computed and not entered yet
+        self._owed_by: dict[str, Decimal] = {}  # the same by session
+        self._moved: dict[str, str] = {}  # the project that a session was moved to: what it began before counts there
         self.totals: dict[Kind, int] = dict.fromkeys(KINDS, 0)  # since the start
 
     async def start(self) -> None:
+        """To be called before anything is entered."""
         await self.accrue()
+        month = month_of(time.time())
+        self._spent = await self._store.read(lambda connection: spent_by_place(connection, SERVER, month))
+        self._month = month
 
     async def keep_up(self) -> None:
         """To be called every minute or so."""
@@ -96,12 +103,32 @@ class Meter:
         for entry in entries:
             self.totals[cast(Kind, entry.kind)] += entry.quantity
             if entry.hour >= self._month:
-                _add_to(self._spent, entry)
+                self._add_to(self._spent, entry, entry_cost(entry) or ZERO)
 
     def owe(self, entries: Iterable[Entry], sign: int = 1) -> None:
         """These were computed, and will be entered (or, with -1, are entered now or never)."""
         for entry in entries:
-            _add_to(self._owed, entry, sign)
+            amount = (entry_cost(entry) or ZERO) * sign
+            self._add_to(self._owed, entry, amount)
+            _grow(self._owed_by, entry.session_id, amount)
+
+    def _add_to(self, sums: dict[Place, Decimal], entry: Entry, amount: Decimal) -> None:
+        project_id = self._moved.get(entry.session_id, entry.project_id)
+        for place in ((entry.org_id, ""), (entry.org_id, project_id)):
+            _grow(sums, place, amount)
+
+    def moved(self, session_id: str, org_id: str, old: str, new: str, spent: Decimal) -> None:
+        """A session has gone from a project to another one, with the dollars that it has `spent` this month.
+
+        To be called in the step in which the move's transaction comes back: then all that was committed
+        before it has been `entered`, and nothing that was committed later.
+        """
+        self._turn_page()
+        self._moved[session_id] = new
+        owed = self._owed_by.get(session_id, ZERO)
+        for sums, amount in ((self._spent, spent), (self._owed, owed)):
+            _grow(sums, (org_id, old), -amount)
+            _grow(sums, (org_id, new), amount)
 
     def _turn_page(self) -> None:
         month = month_of(time.time())
@@ -112,27 +139,26 @@ class Meter:
     # Storage
 
     async def accrue(self) -> None:
-        """Enter the storage of all hours that are over, and take the month's sums anew."""
-        self._accrued = hour_of(time.time())
-        while await self._store.write(self._accrue):
-            pass
-        month = month_of(time.time())
-        spent = await self._store.read(lambda connection: spent_by_place(connection, SERVER, month))
-        self._month, self._spent = month, spent
+        """Enter the storage of all hours that are over."""
+        hour, more = hour_of(time.time()), True
+        while more:
+            entries, more = await self._store.write(self._accrue)
+            self.entered(entries)
+        self._accrued = hour
 
-    def _accrue(self, connection: Connection) -> bool:
-        """Whether there is more."""
+    def _accrue(self, connection: Connection) -> tuple[list[Entry], bool]:
+        """What was entered, and whether there is more."""
         now = hour_of(time.time())
         since = ledger.accrued_until(connection)
         if since is None:
             ledger.accrue(connection, [], now)
-            return False
+            return [], False
         until = min(now, since + _HOURS_AT_ONCE * HOUR)
         if until <= since:
-            return False
+            return [], False
         entries = self.storage.entries(list(ledger.spans(connection, SERVER, since)), since, until)
         ledger.accrue(connection, entries, until)
-        return until < now
+        return entries, until < now
 
 
 class StorageMeter:
@@ -183,26 +209,25 @@ def entry_cost(entry: Entry) -> Decimal | None:
     return cost(cast(Kind, entry.kind), entry.quantity, Decimal(entry.rate) if entry.rate else None)
 
 
-def spent_by_place(connection: Connection, scope: Scope, since: int) -> dict[Place, Decimal]:
-    """Dollars by organization and project, of the hours from `since` on."""
+def spent_by_place(
+    connection: Connection, scope: Scope, since: int, session_id: str | None = None
+) -> dict[Place, Decimal]:
+    """Dollars by organization and project, of the hours from `since` on; of one session, if it is named."""
     spent: dict[Place, Decimal] = {}
-    for each in ledger.sums(connection, scope, since, _FOREVER):
+    for each in ledger.sums(connection, scope, since, _FOREVER, session_id):
         rate = Decimal(each.rate) if each.rate else None
         amount = cost(cast(Kind, each.kind), each.quantity, rate) or ZERO
         for place in ((each.org_id, ""), (each.org_id, each.project_id)):
-            spent[place] = add(spent.get(place, ZERO), amount)
+            _grow(spent, place, amount)
     return spent
 
 
-def _add_to(sums: dict[Place, Decimal], entry: Entry, sign: int = 1) -> None:
-    amount = entry_cost(entry)
-    if amount:
-        for place in ((entry.org_id, ""), (entry.org_id, entry.project_id)):
-            left = add(sums.get(place, ZERO), amount * sign)
-            if left:
-                sums[place] = left
-            else:
-                sums.pop(place, None)
+def _grow(sums: dict[K, Decimal], key: K, amount: Decimal) -> None:
+    left = add(sums.get(key, ZERO), amount)
+    if left:
+        sums[key] = left
+    else:
+        sums.pop(key, None)
 
 
 def month_of(seconds: float) -> int:

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 
 from tinsmith.store import Connection, projects, session_search, sessions
@@ -24,6 +25,7 @@ from .audit import Actor, record
 from .caller import Caller
 from .context import Context
 from .errors import Forbidden, Gone, NotFound
+from .metering import ZERO, month_of, spent_by_place
 from .session_status import status_of
 
 __all__ = ["FoundSession", "Sessions"]
@@ -113,12 +115,17 @@ class Sessions:
                 f"project_id: there is no project {project[:80]!r}, or this key may not work in it"
             )
 
-        def work(connection: Connection) -> None:
-            sessions.move(connection, session_id, found.id)
-            about = {"session_id": session_id, "project_id": row.project_id}
-            record(connection, Actor.of(caller), caller.org_id, "session", "move", about, {"to": found.id})
+        month = month_of(time.time())
 
-        await self._context.write(work)
+        def work(connection: Connection) -> tuple[str, Decimal]:
+            old = sessions.move(connection, session_id, found.id)
+            about = {"session_id": session_id, "project_id": old}
+            record(connection, Actor.of(caller), caller.org_id, "session", "move", about, {"to": found.id})
+            spent = spent_by_place(connection, SERVER, month, session_id)
+            return old, spent.get((caller.org_id, found.id), ZERO)
+
+        old, spent = await self._context.write(work)
+        self._context.meter.moved(session_id, caller.org_id, old, found.id, spent)
         if session_id in self._rows:
             self._rows[session_id] = replace(self._rows[session_id], project_id=found.id)
         for react in self.on_move:

@@ -96,12 +96,16 @@ class Sum:
     quantity: int
 
 
-def sums(connection: sa.Connection, scope: Scope, since: float, until: float) -> list[Sum]:
-    """The quantities of the hours in [since, until), added up; storage by the hour, since its cost is
-    rounded by the row."""
+def sums(
+    connection: sa.Connection, scope: Scope, since: float, until: float, session_id: str | None = None
+) -> list[Sum]:
+    """The quantities of the hours in [since, until), of one session if it is named, added up; storage by the
+    hour, since its cost is rounded by the row."""
     project = sa.func.coalesce(sessions.c.project_id, usage.c.project_id)
     storage = usage.c.kind == "storage"
-    where = (scope.rows(usage), usage.c.hour >= since, usage.c.hour < until)
+    where = [scope.rows(usage), usage.c.hour >= since, usage.c.hour < until]
+    if session_id is not None:
+        where.append(usage.c.session_id == session_id)
     joined = usage.outerjoin(sessions, sessions.c.id == usage.c.session_id)
     by = (usage.c.org_id, project, usage.c.kind, usage.c.rate)
     added = sa.select(*by, sa.func.sum(usage.c.quantity)).select_from(joined).where(*where, ~storage)

@@ -129,10 +129,12 @@ def failed(
     connection.execute(sessions.update().where(open_).values(failure=json.dumps(failure), lost=lost))
 
 
-def move(connection: sa.Connection, session_id: str, project_id: str) -> None:
-    """Put a session and its runs into another project."""
+def move(connection: sa.Connection, session_id: str, project_id: str) -> str:
+    """Put a session and its runs into another project. The id of the one where it was."""
+    old = connection.execute(sa.select(sessions.c.project_id).where(sessions.c.id == session_id)).scalar_one()
     connection.execute(sessions.update().where(sessions.c.id == session_id).values(project_id=project_id))
     connection.execute(runs.update().where(runs.c.session_id == session_id).values(project_id=project_id))
+    return str(old)
 
 
 def read(row: sa.Row[tuple[object, ...]]) -> SessionRow:
