@@ -231,6 +231,9 @@ def test_errors_have_the_shape_that_the_client_knows(server: Server, client: ope
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError):
         chat(client, model="tinker://11111111-1111-1111-1111-111111111111:train:0/sampler_weights/x")
+    with pytest.raises(openai.NotFoundError) as odd:
+        client.models.retrieve("a\nname")
+    assert odd.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError):
         complete(client, prompt=[100000])
     with pytest.raises(openai.BadRequestError):

@@ -87,9 +87,7 @@ def books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]:
         assert new is not None
         whose = (key.org_id, old.id, key.user_id)
         sessions.add(connection, SessionRow("s", *whose, key.id, 1.0, None, None, None, [], {}, "x", None))
-        runs.add(
-            connection, RunRow("r", *whose, "s", 0, 1.0, 1.0, "live", "m", {}, None, "f", "fp32", {})
-        )
+        runs.add(connection, RunRow("r", *whose, "s", 0, 1.0, 1.0, "live", "m", {}, None, "f", "fp32", {}))
         return Who(key.org_id, old.id, "s", key.user_id, key.id), new.id
 
     who, new = store.write_now(write)

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from typing import Any, TypeVar
 
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -30,6 +31,15 @@ log = logging.getLogger("tinsmith.api")
 T = TypeVar("T")
 HOSTED = "/services/tinker-prod"  # where the hosted service has its doors
 MOST_STOPS = 16
+
+
+class Anything(PathConvertor):
+    """The rest of a path, line breaks and all: also such a name is not found in its door's own words."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("anything", Anything())
 
 # status, what is wrong, the field that it is about, the error that it comes from
 Encode = Callable[[int, str, str | None, Exception | None], dict[str, object]]

@@ -278,7 +278,7 @@ def _paths(path: str) -> list[str]:
 
 ROUTES = [
     *door(_paths("models"), models, encode_error, method="GET", counted=True),
-    *door(_paths("models/{model:path}"), model, encode_error, method="GET", counted=True),
+    *door(_paths("models/{model:anything}"), model, encode_error, method="GET", counted=True),
     *door(_paths("completions"), completions, encode_error, counted=False),
     *door(_paths("chat/completions"), chat_completions, encode_error, counted=False),
 ]

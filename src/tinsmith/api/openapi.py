@@ -58,7 +58,7 @@ def path_of(route: Route) -> str:
     """A route's path below the root, or a door's whole, as the document has it: a checkpoint's id in its two
     parts."""
     path = route.path.removeprefix(ROOT).replace("{checkpoint_id:path}", "{kind}/{name}")
-    return path.replace(":path}", "}")
+    return re.sub(":(path|anything)}", "}", path)
 
 
 def make_document(routes: Iterable[Route], root_path: str = "") -> dict[str, Any]:
@@ -138,7 +138,8 @@ def _answer(about: Operation) -> dict[str, Any]:
         if about.protobuf_answer is not None:
             content[PROTOBUF] = {"schema": {**_BINARY, "description": about.protobuf_answer}}
         if about.events:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            # No type: some readers of OpenAPI hold a schema here against each event, others against the text.
+            content["text/event-stream"] = {"schema": {"description": "Server-sent events"}}
     return {"description": "Done", "content": content}
 
 

@@ -46,7 +46,7 @@ class Meter:
         self._spent: dict[Place, Decimal] = {}
         self._owed: dict[Place, Decimal] = {}  # what is computed and not entered yet
         self._owed_by: dict[str, Decimal] = {}  # the same by session
-        self._moved: dict[str, str] = {}  # the project that a session was moved to: what it began before counts there
+        self._moved: dict[str, str] = {}  # session to project, where what it began before counts
         self.totals: dict[Kind, int] = dict.fromkeys(KINDS, 0)  # since the start
 
     async def start(self) -> None:
