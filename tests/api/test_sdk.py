@@ -60,6 +60,17 @@ def test_outputs_have_the_shapes_of_their_datums(training: tinker.TrainingClient
     assert [output["logprobs"].shape for output in result.loss_fn_outputs] == [[7], [5]]
 
 
+def test_cross_entropy_tells_the_loss_of_every_target(training: tinker.TrainingClient) -> None:
+    weights = types.TensorData(data=[0.0, 0.0, 0.5, 1.0, 2.0], dtype="float32")
+    result = training.forward([datum(5, weights=weights), datum(7)], "cross_entropy").result()
+    assert result.loss_fn_output_type == "CrossEntropyLossReturn"
+    first, second = ({k: v.to_numpy() for k, v in each.items()} for each in result.loss_fn_outputs)
+    assert first["elementwise_loss"].tolist() == (-first["logprobs"] * weights.to_numpy()).tolist()
+    assert second["elementwise_loss"].tolist() == (-second["logprobs"]).tolist()
+    total = sum(float(each["elementwise_loss"].sum()) for each in (first, second))
+    assert result.metrics["loss:sum"] == pytest.approx(total)
+
+
 def test_forward_leaves_nothing_behind(training: tinker.TrainingClient) -> None:
     before = training.forward([datum()], "cross_entropy").result()
     training.optim_step(types.AdamParams(learning_rate=1.0)).result()

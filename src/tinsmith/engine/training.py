@@ -108,7 +108,15 @@ class TrainingJob:
                 f"the {self.loss.name} loss or its gradient is not finite ({total}); check 'logprobs', "
                 "'advantages' and 'weights' for values that overflow. Nothing was accumulated"
             )
-        return encode_output([{"logprobs": o} for o in self.outputs], {"loss:sum": total, **self._reduced()})
+        outputs = [self._output(*each) for each in zip(self.outputs, self.sequences, strict=True)]
+        return encode_output(outputs, {"loss:sum": total, **self._reduced()}, self.loss.output_type)
+
+    def _output(self, logprobs: Array, sequence: _Sequence) -> dict[str, Array]:
+        """A datum's arrays, all fp32 in the shape of its targets."""
+        if not self.loss.elementwise:
+            return {"logprobs": logprobs}
+        values = self.loss.of_tokens(torch.from_numpy(logprobs), sequence.inputs, self.config)
+        return {"logprobs": logprobs, "elementwise_loss": values.numpy()}
 
     def _reduced(self) -> dict[str, float]:
         """The datums' own metrics as one, by the reduction that each key names."""

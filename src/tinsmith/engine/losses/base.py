@@ -31,6 +31,7 @@ class Loss:
     `name:sum` or `name:mean`, the same ones for every datum. Its values may have any shape; they are summed.
     `required` and `optional` name the float inputs beside target_tokens and weights; `config` the settings
     with their defaults (None: absent). `many_targets`: whether (N, K) targets are allowed.
+    `output_type` is the name of the answer's kind; `elementwise`: whether it has every target's loss, too.
     `check_inputs(inputs, where)` raises ContentError for what only this loss can know to be wrong.
     """
 
@@ -41,6 +42,8 @@ class Loss:
     optional: tuple[str, ...] = ()
     config: Mapping[str, float] = field(default_factory=dict)
     many_targets: bool = False
+    output_type: str = "ArrayRecord"
+    elementwise: bool = False
     check_inputs: Callable[[Mapping[str, Array], str], None] | None = None
 
     def of_tokens(self, logprobs: Tensor, inputs: Inputs, config: Mapping[str, float]) -> Tensor:

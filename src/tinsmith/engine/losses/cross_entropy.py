@@ -13,4 +13,7 @@ def _value(logprobs: Tensor, inputs: Inputs, config: Mapping[str, float]) -> Ten
     return -logprobs
 
 
-CROSS_ENTROPY = Loss("cross_entropy", _value, many_targets=True)
+# As the hosted service answers: programs look for `elementwise_loss`, and print the type.
+CROSS_ENTROPY = Loss(
+    "cross_entropy", _value, many_targets=True, output_type="CrossEntropyLossReturn", elementwise=True
+)
