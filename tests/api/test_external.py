@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +324,48 @@ class TestPrograms:
             del os.environ["TINKER_API_KEY"]
         files = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
         assert files == fetch_all(rest, plain)
+
+
+class TestArchives:
+    """What SDKs before 0.34 download: a tar of any checkpoint's adapter, where a redirect says."""
+
+    @pytest.fixture
+    def weights(self, training: tinker.TrainingClient) -> str:
+        name = f"archived-{time.monotonic_ns()}"
+        return training.save_weights_for_sampler(name).result().path
+
+    def ask(self, server: Server, path: str, key: str = KEY) -> httpx.Response:
+        run, _, checkpoint = path.removeprefix("tinker://").partition("/")
+        return server.raw(key).get(f"training_runs/{run}/checkpoints/{checkpoint}/archive")
+
+    def test_it_has_the_adapter_and_a_sign_that_it_is_whole(
+        self, server: Server, rest: tinker.RestClient, weights: str, plain: str
+    ) -> None:
+        answer = self.ask(server, weights)
+        assert answer.status_code == 302
+        end = parsedate_to_datetime(answer.headers["Expires"])
+        assert timedelta(minutes=50) < end - datetime.now(UTC) < timedelta(minutes=70)
+        whole = httpx.get(answer.headers["Location"]).raise_for_status()
+        assert len(whole.content) == int(whole.headers["Content-Length"])
+        with tarfile.open(fileobj=io.BytesIO(whole.content)) as tar:
+            files = {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
+        assert files.pop("checkpoint_complete") == b""
+        assert files == fetch_all(rest, plain)
+
+    def test_a_states_archive_leaves_its_optimizer_out(
+        self, server: Server, training: tinker.TrainingClient
+    ) -> None:
+        saved = training.save_state("archived").result().path
+        whole = httpx.get(self.ask(server, saved).headers["Location"]).content
+        with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+            assert set(tar.getnames()) == {*FILES, "checkpoint_complete"}
+
+    def test_who_may_not_have_it(self, server: Server, rest: tinker.RestClient, weights: str) -> None:
+        url = self.ask(server, weights).headers["Location"]
+        assert httpx.get(url.replace("signature=", "signature=0")).status_code == 403
+        assert httpx.get(url.partition("?")[0]).status_code == 403
+        assert self.ask(server, f"{weights}-not").status_code == 404
+        assert self.ask(server, weights.replace("sampler_weights/", "")).status_code == 400
+        rest.delete_checkpoint_from_tinker_path(weights).result()
+        assert httpx.get(url).status_code == 404
+        assert self.ask(server, weights).status_code == 404

@@ -112,6 +112,10 @@ _ROUTES = [
         external.urls,
         method="GET",
     ),
+    route(
+        "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/archive", external.archive_url, method="GET"
+    ),
+    signed_route("checkpoint_archives/{checkpoint_id}", external.download_archive, method="GET"),
     # Billing
     route("billing/usage/events", billing.usage, method="GET"),
     route("billing/usage/checkpoints/current", billing.storage, method="GET"),

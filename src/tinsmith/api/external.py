@@ -1,19 +1,21 @@
-"""External weights: signed URLs for their files, and the files, out and in."""
+"""External weights and archives: signed URLs for files, and the files, out and in."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import stat
+from email.utils import formatdate
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 
 from tinsmith.service.errors import NotFound, Refused
 from tinsmith.service.external import Signed
 from tinsmith.service.service import Service
 from tinsmith.wire.paths import TinkerPath
 
+from . import archive
 from .http import Call, iso_time, json_response, root_of
 
 
@@ -39,6 +41,30 @@ async def download(request: Request, service: Service) -> Response:
     if not stat.S_ISREG(found.st_mode):
         raise NotFound("there is no such file")
     return FileResponse(path, media_type="application/octet-stream", filename=path.name, stat_result=found)
+
+
+async def archive_url(call: Call) -> Response:
+    """A redirect, which SDKs before 0.34 do not follow but read."""
+    path = TinkerPath.from_checkpoint_id(call.path("run_id"), call.path("checkpoint_id"))
+    address, expires = await call.service.external.archive_url(call.caller, path)
+    url = f"{root_of(call.request, call.service)}/api/v1/{address}"
+    return Response(status_code=302, headers={"Location": url, "Expires": formatdate(expires, usegmt=True)})
+
+
+async def download_archive(request: Request, service: Service) -> Response:
+    """A tar of a checkpoint's adapter."""
+    query = request.query_params
+    files = await service.external.archived(
+        request.path_params["checkpoint_id"], query.get("expires", ""), query.get("signature", "")
+    )
+    return StreamingResponse(
+        archive.pieces(files),
+        media_type="application/x-tar",
+        headers={
+            "Content-Length": str(archive.length([size for _, size, _ in files])),
+            "Content-Disposition": 'attachment; filename="checkpoint.tar"',
+        },
+    )
 
 
 async def start_upload(call: Call) -> Response:

@@ -23,6 +23,7 @@ DOOR = "/v1/"  # the doors have other addresses, too
 _KNOWN = OPERATIONS | DOORS
 
 _STATUSES = {
+    302: "It is where `Location` says, until `Expires`",
     400: "Something is wrong with the request; `detail` names it and says what would be right",
     401: "No valid key",
     402: "A budget is used up",
@@ -105,7 +106,7 @@ def _operation(path: str, about: Operation) -> dict[str, Any]:
                 for name, schema in about.query.items()
             ),
         ],
-        "responses": {"200": _answer(about)},
+        "responses": {} if 302 in about.statuses else {"200": _answer(about)},
     }
     if about.body is not None:
         content: dict[str, Any] = {"application/json": {"schema": about.body}}
@@ -116,6 +117,9 @@ def _operation(path: str, about: Operation) -> dict[str, Any]:
         found["requestBody"] = {"content": {"application/octet-stream": {"schema": _BINARY}}}
     general = _OF_EVERY_KEY if about.key else (400, 503)
     for status in sorted({*general, *about.statuses}):
+        if status == 302:
+            found["responses"]["302"] = {"description": _STATUSES[302]}
+            continue
         schema = about.error if status != 408 else {"type": "object"}
         found["responses"][str(status)] = {
             "description": _STATUSES[status],

@@ -515,6 +515,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "A file of external weights", "checkpoints", query=_SIGNED,
         statuses=(403, 404, 410), key=False, files=True,
     ),
+    ("GET", "training_runs/{run_id}/checkpoints/{kind}/{name}/archive"): Operation(
+        "Where a tar of a checkpoint's adapter is", "checkpoints", statuses=(302,)
+    ),
+    ("GET", "checkpoint_archives/{checkpoint_id}"): Operation(
+        "A tar of a checkpoint's adapter", "checkpoints", query=_SIGNED,
+        statuses=(403, 404, 410), key=False, files=True,
+    ),
     ("POST", "checkpoints/search"): Operation(
         "Checkpoints by project, owner, kind, base model and metadata", "checkpoints",
         body=record(

@@ -1,4 +1,4 @@
-"""External weights: their files under signed URLs that need no key."""
+"""Checkpoints' files under signed URLs that need no key: external weights, and archives of any checkpoint."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from .signing import Signer
 
 URL_LIFE = 3600  # seconds
 ROUTE = "external_weights"
+ARCHIVES = "checkpoint_archives"
+_COMPLETE = "checkpoint_complete"  # an empty file, by which SDKs know that an archive is whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,36 @@ class External:
             raise NotFound("these external weights are not there any more")
         return self._context.blobs.path(row.folder) / name
 
+    async def archive_url(self, caller: Caller, path: TinkerPath) -> tuple[str, int]:
+        """The address of a tar of any checkpoint's adapter, from the API's root on, and its end."""
+        row, _ = await self._catalog.checkpoint(caller, path)
+        expires = int(min(time.time() + URL_LIFE, row.expires_at or float("inf")))
+        self._audit.was_read(caller, path, "download")
+        signature = self._signer.sign(_archive(row.id), expires)
+        return f"{ARCHIVES}/{row.id}?expires={expires}&signature={signature}", expires
+
+    async def archived(
+        self, checkpoint_id: str, expires: str, signature: str
+    ) -> list[tuple[str, int, Path | None]]:
+        """What belongs into an archive that a signed URL names: (name, size in bytes, where it lies)."""
+        self._signer.check(_archive(checkpoint_id), expires, signature)
+        row = await self._context.store.read(
+            lambda connection: checkpoints.get(connection, checkpoint_id, SERVER, time.time())
+        )
+        files = [] if row is None else await asyncio.to_thread(self._adapter, row.folder)
+        if not files:
+            raise NotFound("this checkpoint is not there any more")
+        return [*files, (_COMPLETE, 0, None)]
+
+    def _adapter(self, folder: str) -> list[tuple[str, int, Path | None]]:
+        """The adapter's files without its optimizer's."""
+        path = self._context.blobs.path(folder)
+        names = [name for name in self._names(folder) if name.startswith("adapter_")]
+        try:
+            return [(name, (path / name).stat().st_size, path / name) for name in names]
+        except FileNotFoundError:  # deleted in this moment
+            return []
+
     def _names(self, folder: str) -> list[str]:
         path = self._context.blobs.path(folder)
         return sorted(file.name for file in path.iterdir()) if path.is_dir() else []
@@ -67,6 +99,10 @@ class External:
     def _address(self, checkpoint_id: str, name: str, expires: int) -> str:
         signature = self._signer.sign(_what(checkpoint_id, name), expires)
         return f"{ROUTE}/{checkpoint_id}/{quote(name)}?expires={expires}&signature={signature}"
+
+
+def _archive(checkpoint_id: str) -> str:
+    return f"GET archive {checkpoint_id}"
 
 
 def _what(checkpoint_id: str, name: str) -> str:
