@@ -69,16 +69,18 @@ class Server:
         return self
 
     def wait_until_ready(self, seconds: float = 60.0) -> None:
-        def ready() -> bool:
-            assert self.process is not None
-            if self.process.poll() is not None:
-                raise AssertionError(f"the server has ended:\n{self.log()}")
-            try:
-                return httpx.get(f"{self.url}/api/v1/healthz", timeout=5.0).status_code == 200
-            except httpx.TransportError:
-                return False
+        with httpx.Client(timeout=5.0) as client:  # one for all questions: making one costs more than asking
 
-        wait_for(ready, seconds, "the server to be ready")
+            def ready() -> bool:
+                assert self.process is not None
+                if self.process.poll() is not None:
+                    raise AssertionError(f"the server has ended:\n{self.log()}")
+                try:
+                    return client.get(f"{self.url}/api/v1/healthz").status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            wait_for(ready, seconds, "the server to be ready")
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 60.0) -> int:
         """Stop it in the orderly way. The exit code."""
