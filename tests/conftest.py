@@ -12,7 +12,7 @@ import pytest
 # core would take a time slice each. The library looks at this when it is loaded, with torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# Whom to trust: one authority whose key nobody has, since all that tests speak is plain HTTP. Each HTTP client
+# Whom to trust: one authority whose key nobody has, since tests speak plain HTTP alone. Each HTTP client
 # that is made reads the whole bundle, and the usual one takes 15 ms, which is most of a small test.
 os.environ.pop("SSL_CERT_DIR", None)
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("authority.pem"))
