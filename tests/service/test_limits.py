@@ -170,6 +170,19 @@ class TestAtOnce:
         assert some.pass_training(ORG, "b", tokens=False) is not None
         assert some.pass_training(elsewhere, "c", tokens=False) is None
 
+    def test_a_run_that_moves_counts_in_its_new_project_at_once(self, clock: Clock) -> None:
+        some = limits(clock, concurrent_runs__p=1, concurrent_runs__q=1)
+        elsewhere = Who("o", "q", "s", "u", "k")
+        assert some.pass_training(ORG, "a", tokens=False) is None
+        assert some.pass_training(ORG, "b", tokens=False) is not None
+        some.moved("a", "q")
+        assert some.pass_training(ORG, "b", tokens=False) is None
+        assert some.pass_training(elsewhere, "c", tokens=False) is not None
+
+    def test_none_at_a_time_is_nothing(self, clock: Clock) -> None:
+        with pytest.raises(OverLimit, match="0 of 0 samples in flight; nothing is allowed"):
+            limits(clock, samples_in_flight=0).begin_sample(ORG)
+
     def test_storage(self, clock: Clock) -> None:
         some = limits(clock, storage_gb="0.5", storage_gb__p="0.1")
         assert some.over_storage(ORG, {"p": 99_999_999, "q": 10**8}) is None
@@ -221,11 +234,17 @@ def test_whoever_waits_is_woken_by_a_change(clock: Clock) -> None:
         ("monthly_spend_usd", "0.0000000000001", "more than 12 places"),
         ("concurrent_runs", "1.5", "must be a whole number"),
         ("weight", "0", "must be from 0.001 to 1000"),
+        ("weight", "nan", "must be from 0.001 to 1000"),
+        ("storage_gb", "9" * 5000, "must be from 0 to 10.15, not 9{40}$"),
     ],
 )
 def test_a_value_that_is_wrong_says_what_would_be_right(name: str, text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         read_value(name, text)
+
+
+def test_a_limit_of_minus_nothing_is_nothing() -> None:
+    assert str(read_value("concurrent_runs", "-0")) == "0"
 
 
 # Against a real server

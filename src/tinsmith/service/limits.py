@@ -16,7 +16,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from typing import Literal
@@ -87,7 +87,7 @@ class Reached:
         )
         left = self.resets_in
         if left is None:
-            return f"{text}; {_ENDS[self.name]}"
+            return f"{text}; {_ENDS[self.name] if self.allowed else 'nothing is allowed'}"
         return f"{text}; there is room again in {max(1, math.ceil(left))} s, at {self.resets_at()}"
 
     def resets_at(self) -> str | None:
@@ -120,29 +120,28 @@ _ENDS: dict[str, str] = {
     "concurrent_runs": "there is room as soon as the session of one of them finishes or falls silent",
     "samples_in_flight": "there is room as soon as one of them is answered",
     "storage_gb": "delete checkpoints, or give them a TTL, to make room",
-    "requests_per_minute": "nothing is allowed",
-    "tokens_per_minute": "nothing is allowed",
 }
 
 
 def read_value(name: str, text: str) -> Decimal:
     """A limit's value. Raises ValueError, which says what would be right."""
     if name not in ABOUT:
-        raise ValueError(f"{name!r} is no limit; known are: {', '.join(ABOUT)}")
+        raise ValueError(f"{name[:40]!r} is no limit; known are: {', '.join(ABOUT)}")
     try:
         value = Decimal(text)
     except InvalidOperation:
-        raise ValueError(f"{name}: must be a number, not {text!r}") from None
+        raise ValueError(f"{name}: must be a number, not {text[:40]!r}") from None
+    text = text[:40]
+    if name == "weight" and not (value.is_finite() and Decimal("0.001") <= value <= 1000):
+        raise ValueError(f"weight: must be from 0.001 to 1000, not {text}")
     if not value.is_finite() or not 0 <= value <= Decimal(10**15):
         raise ValueError(f"{name}: must be from 0 to 10^15, not {text}")
     if name in WHOLE and value != value.to_integral_value():
         raise ValueError(f"{name}: must be a whole number, not {text}")
-    if name == "weight" and not Decimal("0.001") <= value <= 1000:
-        raise ValueError(f"weight: must be from 0.001 to 1000, not {text}")
     exponent = value.as_tuple().exponent
     if isinstance(exponent, int) and exponent < -12:
         raise ValueError(f"{name}: has more than 12 places: {text}")
-    return value
+    return abs(value)  # -0 is 0
 
 
 @dataclass(slots=True)
@@ -308,10 +307,17 @@ class Limits:
         if self._runs.pop(run_id, None) is not None or waited is not None:
             self.wake()
 
+    def moved(self, run_id: str, project_id: str) -> None:
+        """A run belongs to another project now: there it counts, and may find room."""
+        for held in (self._runs, self._queue):
+            if run_id in held:
+                held[run_id] = replace(held[run_id], project_id=project_id)
+        self.wake()
+
     def _over_runs(self, who: Who, run_id: str) -> Reached | None:
         if run_id in self._runs:
             return None
-        self._queue.setdefault(run_id, who)
+        self._queue[run_id] = who  # one that waits keeps its place
         if (reached := self._full(who)) is not None:
             return reached
         for other, whose in self._queue.items():

@@ -433,6 +433,7 @@ class Run:
     def move(self, project_id: str) -> None:
         """Its session was put into another project."""
         self.row = self._steps.run = replace(self.row, project_id=project_id)
+        self._context.limits.moved(self.row.id, project_id)
 
     def hold(self) -> None:
         """Hand no more over: the server stops. What waits is in the log, and goes on after the start."""
