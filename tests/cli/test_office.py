@@ -206,10 +206,22 @@ def test_nothing_of_the_audit_log_can_be_changed(office: Office) -> None:
                 database.execute(statement)
 
 
-@pytest.mark.parametrize("name", ["", " ", "x" * 257, "a\nb"])
+@pytest.mark.parametrize("name", ["", " ", "x" * 257, "a\nb", "a\x7fb", "a\x9bb", "\u202eab"])
 def test_a_name_that_is_none_is_refused(office: Office, name: str) -> None:
     assert "name" in office.fails("org", "create", name)
     assert office.json("org", "list") == []
+
+
+@pytest.mark.parametrize(
+    "words", [("org", "create", "\udcff"), ("org", "show", "a\udcff"), ("usage", "--org", "\udcff")]
+)
+def test_bytes_that_are_no_text_are_refused(
+    office: Office, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        office(*words)
+    assert ended.value.code == 2
+    assert "\\udcff' is not valid UTF-8" in capsys.readouterr().err
 
 
 def _seconds(text: str) -> float:

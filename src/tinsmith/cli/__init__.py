@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         command.add_parser(commands)
     arguments = parser.parse_args(argv)
+    for name, value in vars(arguments).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+                parser.error(f"{name.replace('_', '-')}: {text!a} is not valid UTF-8")
     try:
         code: int = arguments.run(arguments)
         return code

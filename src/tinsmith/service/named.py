@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 from tinsmith.store import Connection, keys, orgs, people, projects, teams
 from tinsmith.store.keys import KeyRow
 from tinsmith.store.orgs import OrgRow
@@ -12,6 +14,7 @@ from tinsmith.store.teams import TeamRow
 from .keys import hash_key
 
 _LONGEST = 256
+_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # the direction of text
 
 
 class AdminError(Exception):
@@ -19,8 +22,13 @@ class AdminError(Exception):
 
 
 def check_name(name: str) -> None:
-    if not name.strip() or len(name) > _LONGEST or any(ord(letter) < 32 for letter in name):
+    if not name.strip() or len(name) > _LONGEST or any(_controls(letter) for letter in name):
         raise AdminError(f"a name must have 1 to {_LONGEST} characters, none of them a control character")
+
+
+def _controls(letter: str) -> bool:
+    """Whether it does something to a terminal or a log: starts a sequence or a line, or turns text around."""
+    return unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") or letter in _TURNS
 
 
 def the_org(connection: Connection, wanted: str) -> OrgRow:
