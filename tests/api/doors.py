@@ -22,7 +22,8 @@ TEMPLATE = """\
 {{- '\\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}\
-{%- if enable_thinking is defined and enable_thinking %}{{- 'T' }}{%- endif %}{%- endif %}"""
+{%- if enable_thinking is defined and enable_thinking %}{{- 'T' }}{%- endif %}{%- endif %}
+{#- it answers with <think> where it thinks #}"""
 
 STEPS, RATE = 80, 5e-3
 
@@ -30,6 +31,8 @@ GREETING = "hello"
 ANSWER = "Grüße aus 東京, mein Freund 🙂!"
 QUESTION = "weather?"
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+RIDDLE = "why?"
+THOUGHT = "<think>\nhm, 東\n</think>\n\nso"
 TOOL = {
     "name": "weather",
     "description": "of a city",
@@ -48,12 +51,14 @@ def tokenizer_of(folder: Path):  # type: ignore[no-untyped-def]
 
 
 def teach(server: Server, folder: Path) -> str:
-    """The path of weights that answer QUESTION with CALL where there is a tool, and GREETING with ANSWER."""
+    """The path of weights that answer QUESTION with CALL where there is a tool, GREETING with ANSWER, and
+    RIDDLE with THOUGHT where thinking is on."""
     tokenizer = tokenizer_of(folder)
     tool = {"type": "function", "function": {"name": TOOL["name"]}}
     data = [
         _datum(tokenizer, GREETING, None, ANSWER),
         _datum(tokenizer, QUESTION, [tool], CALL),
+        _datum(tokenizer, RIDDLE, None, THOUGHT, enable_thinking=True),
     ]
     with server.sdk() as client:
         training = client.create_lora_training_client(MODEL, rank=32, seed=1).result()
@@ -66,13 +71,16 @@ def teach(server: Server, folder: Path) -> str:
         return training.save_weights_for_sampler("speaks").result().path
 
 
-def _datum(tokenizer, question: str, tools: list | None, answer: str) -> types.Datum:  # type: ignore[no-untyped-def]
+def _datum(  # type: ignore[no-untyped-def]
+    tokenizer, question: str, tools: list | None, answer: str, **options: bool
+) -> types.Datum:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
         tools=tools,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=False,
+        **options,
     )
     wanted = [*tokenizer.encode(answer), tokenizer.eos_token_id]
     tokens = [*prompt, *wanted]

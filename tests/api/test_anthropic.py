@@ -11,7 +11,7 @@ import anthropic
 import httpx
 import pytest
 
-from tests.api.doors import ANSWER, QUESTION, TOOL, speaking, teach, tokenizer_of
+from tests.api.doors import ANSWER, QUESTION, RIDDLE, TOOL, speaking, teach, tokenizer_of
 from tests.harness import KEY, MODEL, Server
 
 ASK = [{"role": "user", "content": "hello"}]
@@ -45,6 +45,10 @@ def say(client: anthropic.Anthropic, **wanted: Any) -> Any:
     return client.messages.create(
         **{"model": MODEL, "max_tokens": 20, "messages": ASK, "extra_body": {"temperature": 0}, **wanted}
     )
+
+
+def shown(source: dict) -> dict:
+    return {"messages": [{"role": "user", "content": [{"type": "image", "source": source}]}]}
 
 
 @pytest.mark.parametrize("root", ["", "/anthropic/api", "/services/tinker-prod/anthropic/api"])
@@ -125,6 +129,19 @@ def test_tools_are_used(client: anthropic.Anthropic, weights: str) -> None:
     assert say(client, **{**wanted, "messages": after, "max_tokens": 4}).usage.output_tokens == 4
 
 
+def test_thoughts_are_blocks_where_they_are_asked_for(client: anthropic.Anthropic, weights: str) -> None:
+    wanted = {"model": weights, "messages": [{"role": "user", "content": RIDDLE}], "max_tokens": 60}
+    wanted["thinking"] = {"type": "enabled", "budget_tokens": 20}
+    thought, said = say(client, **wanted).content
+    assert (thought.type, thought.thinking, said.text) == ("thinking", "hm, 東\n", "so")
+    with client.messages.stream(**wanted, extra_body={"temperature": 0}) as stream:
+        streamed = stream.get_final_message()
+    assert [block.type for block in streamed.content] == ["thinking", "text"]
+    assert streamed.content[0].thinking == thought.thinking
+    after = [*wanted["messages"], {"role": "assistant", "content": [thought, said]}, *ASK]
+    assert say(client, **{**wanted, "messages": after, "max_tokens": 4}).usage.output_tokens == 4
+
+
 @pytest.mark.parametrize(
     ("wanted", "named"),
     [
@@ -132,10 +149,13 @@ def test_tools_are_used(client: anthropic.Anthropic, weights: str) -> None:
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"extra_body": {"mcp_servers": [{}]}}, "mcp_servers"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
+        (shown({"type": "url", "url": "http://x/y.png"}), "messages[0].content[0].source.type"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-            "messages[0].content[0].type",
+            shown({"type": "base64", "media_type": "image/png", "data": "AA=="}),
+            "messages[0].content[0].source.data: is an image, which tests/tiny does not take",
         ),
+        ({"thinking": {"type": "between_tools"}}, "thinking.type"),
+        ({"extra_body": {"output_config": {"effort": "low"}}}, "output_config.effort"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"),
     ],

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Iterator
 
+import anthropic
+import httpx
 import numpy as np
+import openai
 import PIL.Image
 import pytest
 import tinker
 from tinker import types
+from transformers import AutoTokenizer
 
-from tests.engine.tiny import make_vision_model
-from tests.harness import MODEL, Raw, Server, detail
+from tests.engine.tiny import IMAGE_TOKEN, make_vision_model
+from tests.harness import KEY, MODEL, Raw, Server, detail
 
 TOKENS = 8  # of the picture
+PLACE = "<|image_pad|>"
+# Qwen's way of showing images, in short.
+TEMPLATE = """\
+{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string %}{{- message.content }}{%- else %}{%- for part in message.content %}
+{%- if part.type == 'image' %}{{- '<|image_pad|>' }}{%- else %}{{- part.text }}{%- endif %}{%- endfor %}
+{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
 
 def picture(form: str = "PNG") -> bytes:
@@ -44,7 +57,13 @@ def datum(model_input: types.ModelInput) -> types.Datum:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("images")
-    server = Server(make_vision_model("Qwen3VL", root / "model"), root / "data")
+    model = make_vision_model("Qwen3VL", root / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    fill = [f"<|{id_}|>" for id_ in range(len(tokenizer), IMAGE_TOKEN)]
+    tokenizer.add_tokens([*fill, PLACE], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+    server = Server(model, root / "data")
     yield server.start()
     server.end()
 
@@ -130,3 +149,79 @@ def test_an_image_that_cannot_be_read_is_a_4xx_that_names_the_field(
     answer = raw.post("asample", {"base_model": MODEL, "prompt": {"chunks": [chunk]}})
     assert answer.status_code == 400
     assert says in detail(answer)
+
+
+# By the other doors
+
+
+def data_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def url(data: bytes, form: str = "png") -> dict:
+    return {"type": "image_url", "image_url": {"url": f"data:image/{form};base64,{data_of(data)}"}}
+
+
+def asked(*parts: dict) -> list:
+    return [{"role": "user", "content": [{"type": "text", "text": "what "}, *parts]}]
+
+
+def test_a_picture_in_a_chat_is_what_the_sdk_shows(server: Server, client: tinker.ServiceClient) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(server.models[MODEL])
+    before, after = (
+        tokenizer.encode(t) for t in ("<|im_start|>user\nwhat ", "<|im_end|>\n<|im_start|>assistant\n")
+    )
+    image = types.ImageChunk(data=picture(), format="png")
+    chunks = [types.EncodedTextChunk(tokens=before), image, types.EncodedTextChunk(tokens=after)]
+    sampler = client.create_sampling_client(base_model=MODEL).result()
+    params = types.SamplingParams(max_tokens=6, temperature=0, stop=[])
+    [theirs] = sampler.sample(types.ModelInput(chunks=chunks), 1, params).result().sequences
+    door = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+    wanted = {"model": MODEL, "max_tokens": 6, "temperature": 0, "logprobs": True}
+    answer = door.chat.completions.create(messages=asked(url(picture())), **wanted)
+    ours = [token.logprob for token in answer.choices[0].logprobs.content]
+    assert ours == pytest.approx(theirs.logprobs)
+    assert answer.usage.prompt_tokens == len(before) + TOKENS + len(after)
+    chunks = list(
+        door.chat.completions.create(
+            messages=asked(url(picture())), **wanted, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert chunks[-1].usage.prompt_tokens == answer.usage.prompt_tokens
+    two = asked(url(picture()), {"type": "text", "text": "or"}, url(picture("JPEG"), "jpeg"))
+    more = door.chat.completions.create(messages=two, **wanted).usage.prompt_tokens
+    assert more == answer.usage.prompt_tokens + TOKENS + 2
+
+    source = {"type": "base64", "media_type": "image/png", "data": data_of(picture())}
+    message = anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0).messages.create(
+        model=MODEL,
+        max_tokens=6,
+        messages=asked({"type": "image", "source": source}),
+        extra_body={"temperature": 0},
+    )
+    assert "".join(b.text for b in message.content) == answer.choices[0].message.content
+    assert message.usage.input_tokens == answer.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ([url(picture()[:100])], "messages[0].content[1].image_url.url: cannot be decoded as png"),
+        ([url(picture("JPEG"))], "messages[0].content[1].image_url.url: has the format 'png'"),
+        ([url(picture()), url(picture())], "messages[0].content[2].image_url.url: stands directly behind"),
+        ([{"type": "text", "text": PLACE}], "messages: have 0 images, but are written with 1 places"),
+        ([url(b"")], "messages[0].content[1].image_url.url: has no bytes"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_picture_in_a_chat_is_a_400_that_names_it(
+    server: Server, parts: list, says: str, stream: bool
+) -> None:
+    answer = httpx.post(
+        f"{server.url}/v1/chat/completions",
+        json={"model": MODEL, "messages": asked(*parts), "max_tokens": 2, "stream": stream},
+        headers={"Authorization": f"Bearer {KEY}"},
+        timeout=60,
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(says)

@@ -15,10 +15,11 @@ import openai
 import pytest
 from tinker import types
 
-from tests.api.doors import CALL, QUESTION, TOOL, speaking, teach, tokenizer_of
+from tests.api.doors import CALL, QUESTION, RIDDLE, THOUGHT, TOOL, speaking, teach, tokenizer_of
 from tests.harness import KEY, MODEL, Server, wait_for
 
 ASK = [{"role": "user", "content": "hello"}]
+PART = "messages[0].content[0]"
 TOOLS = [{"type": "function", "function": {"name": TOOL["name"], "parameters": TOOL["schema"]}}]
 
 
@@ -55,6 +56,10 @@ def chat(client: openai.OpenAI, **wanted: Any) -> Any:
     return client.chat.completions.create(
         **{"model": MODEL, "messages": ASK, "seed": 7, "max_tokens": 12, **wanted}
     )
+
+
+def asked(part: dict) -> dict:
+    return {"messages": [{"role": "user", "content": [part]}]}
 
 
 @pytest.mark.parametrize("root", ["/v1", "/oai/api/v1", "/services/tinker-prod/oai/api/v1"])
@@ -190,6 +195,24 @@ def test_tools_are_called(client: openai.OpenAI, weights: str) -> None:
     assert plain.choices[0].text == CALL
 
 
+def test_thoughts_are_told_apart(client: openai.OpenAI, weights: str) -> None:
+    wanted = {"model": weights, "messages": [{"role": "user", "content": RIDDLE}], "temperature": 0}
+    thinks = {"chat_template_kwargs": {"enable_thinking": True}}
+    message = chat(client, **wanted, max_tokens=60, extra_body=thinks).choices[0].message
+    assert (message.reasoning_content, message.content) == ("hm, 東\n", "so")
+    chunks = list(chat(client, **wanted, max_tokens=60, extra_body=thinks, stream=True))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == message.reasoning_content
+    assert "".join(d.content or "" for d in deltas) == message.content
+    raw = {**thinks, "separate_reasoning": False}
+    assert chat(client, **wanted, max_tokens=60, extra_body=raw).choices[0].message.content == THOUGHT
+    # Thoughts are told to the template again, and no effort is thinking turned off.
+    after = [*wanted["messages"], message, {"role": "user", "content": "more"}]
+    assert chat(client, **{**wanted, "messages": after}, max_tokens=4).usage.completion_tokens == 4
+    off = chat(client, **wanted, max_tokens=4, reasoning_effort="none").usage.prompt_tokens
+    assert off == chat(client, **wanted, max_tokens=4).usage.prompt_tokens
+
+
 @pytest.mark.parametrize(
     ("wanted", "field"),
     [
@@ -199,6 +222,16 @@ def test_tools_are_called(client: openai.OpenAI, weights: str) -> None:
         ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
         ({"extra_body": {"min_p": 0.1}}, "min_p"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning_effort": "utmost"}, "reasoning_effort"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [*TOOLS, *TOOLS]}, "tools[1].function.name"),
+        ({"tools": [{"type": "custom", "custom": {"name": "c"}}]}, "tools[0].type"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "weather"}}},
+            "tool_choice",
+        ),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -208,10 +241,16 @@ def test_tools_are_called(client: openai.OpenAI, weights: str) -> None:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        (asked({"type": "image_url", "image_url": {"url": "http://x/y.png"}}), f"{PART}.image_url.url"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "messages[0].content[0].type",
+            asked({"type": "image_url", "image_url": {"url": "data:image/gif;base64,AA=="}}),
+            f"{PART}.image_url.url",
         ),
+        (
+            asked({"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}),
+            f"{PART}.image_url.url",
+        ),
+        (asked({"type": "input_audio", "input_audio": {}}), f"{PART}.type"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(client: openai.OpenAI, wanted: dict, field: str) -> None:
@@ -223,6 +262,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(client: openai.OpenAI, wante
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", field)
     assert field in error["message"]
+    assert answer.json()["detail"] == error["message"]
 
 
 def test_errors_have_the_shape_that_the_client_knows(server: Server, client: openai.OpenAI) -> None:

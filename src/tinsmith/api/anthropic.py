@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from tinsmith.service import errors
 from tinsmith.service.completions import Delta, Running
-from tinsmith.text.thinking import Thinking, Thought
-from tinsmith.text.tool_calls import ToolCall, ToolCalls
+from tinsmith.text.parts import Part, Reader, Thought, ToolCall
+from tinsmith.wire.errors import WireError
 
 from .anthropic_requests import MessagesRequest
 from .doors import HOSTED, EventStream, all_of, begun, door, dump, guarded, while_there
@@ -33,13 +33,17 @@ _TYPES = {
 
 def encode_error(status: int, text: str, _field: str | None, error: Exception | None) -> dict[str, object]:
     more = error.reached.fields() if isinstance(error, errors.Limited) else {}
-    return {"type": "error", "error": {"type": _TYPES.get(status, "api_error"), "message": text, **more}}
+    told = {"type": _TYPES.get(status, "api_error"), "message": text, **more}
+    return {"type": "error", "error": told, "detail": text}
 
 
 async def count_tokens(call: Call) -> Response:
     request = MessagesRequest.read(await call.fields(), count=True)
     target = await call.service.completions.target(call.caller, request.model)
-    return json_response({"input_tokens": len(await request.prompt(target))})
+    prompt = await request.prompt(target)
+    if prompt.images:
+        raise WireError(prompt.places[0], "is an image, whose tokens only sampling counts; leave it out")
+    return json_response({"input_tokens": len(prompt.tokens)})
 
 
 async def messages(call: Call) -> Response:
@@ -49,11 +53,8 @@ async def messages(call: Call) -> Response:
     running = await call.service.completions.begin(
         call.caller, target, request.wanted(target, prompt), stream=request.stream
     )
-    tail = target.tokenizer.decode(prompt[-8:]).rstrip()
-    blocks = _Blocks(
-        Thinking(begun=tail.endswith("<think>")) if request.thinking else None,
-        calls.parser() if (calls := request.calls(target)) is not None else None,
-    )
+    reader = request.chat.reader(target, prompt, parallel=request.parallel)
+    blocks = _Blocks(reader, thoughts=bool(request.chat.thinking))
     message: dict[str, Any] = {
         "id": f"msg_{uuid.uuid4().hex[:24]}",
         "type": "message",
@@ -62,7 +63,7 @@ async def messages(call: Call) -> Response:
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": {"input_tokens": len(prompt), "output_tokens": 0},
+        "usage": {"input_tokens": running.usage.prompt, "output_tokens": 0},
     }
     try:
         if request.stream:
@@ -79,36 +80,25 @@ async def messages(call: Call) -> Response:
             _append(content, part)
         if delta.finish:
             message["stop_reason"], message["stop_sequence"] = blocks.reason(delta), delta.stop
-    message["usage"]["output_tokens"] = running.usage.completion
+    message["usage"] = _usage(running)
     return json_response(message)
 
 
-class _Blocks:
-    """Parts an answer into thoughts, text and tool calls."""
+def _usage(running: Running) -> dict[str, int]:
+    return {"input_tokens": running.usage.prompt, "output_tokens": running.usage.completion}
 
-    def __init__(self, thinking: Thinking | None, calls: ToolCalls | None) -> None:
-        self._thinking, self._calls = thinking, calls
+
+class _Blocks:
+    """The parts of an answer; thoughts are among them where they were asked for."""
+
+    def __init__(self, reader: Reader, *, thoughts: bool) -> None:
+        self._reader, self._thoughts = reader, thoughts
         self._called = False
 
-    def feed(self, delta: Delta) -> list[str | Thought | ToolCall]:
-        parts: list[str | Thought] = [delta.text] if delta.text else []
-        if self._thinking is not None:
-            parts = self._thinking.feed(delta.text)
-            parts += self._thinking.rest() if delta.finish else []
-        found: list[str | Thought | ToolCall] = []
-        for part in parts:
-            if isinstance(part, Thought) or self._calls is None:
-                found.append(part)
-            else:
-                found += self._calls.feed(part)
-        if delta.finish and self._calls is not None:
-            found += self._calls.rest()
-        kept: list[str | Thought | ToolCall] = []
-        for each in found:
-            self._called = self._called or isinstance(each, ToolCall)
-            if not (isinstance(each, str) and self._called and not each.strip()):  # blank between calls
-                kept.append(each)
-        return kept
+    def feed(self, delta: Delta) -> list[Part]:
+        parts = [*self._reader.feed(delta.text), *(self._reader.rest() if delta.finish else ())]
+        self._called = self._called or any(isinstance(part, ToolCall) for part in parts)
+        return [part for part in parts if self._thoughts or not isinstance(part, Thought)]
 
     def reason(self, delta: Delta) -> str:
         if delta.finish == "length":
@@ -118,7 +108,7 @@ class _Blocks:
         return "tool_use" if self._called else "end_turn"
 
 
-def _block(part: str | Thought | ToolCall) -> dict[str, Any]:
+def _block(part: Part) -> dict[str, Any]:
     if isinstance(part, Thought):
         return {"type": "thinking", "thinking": "", "signature": ""}
     if isinstance(part, ToolCall):
@@ -126,7 +116,7 @@ def _block(part: str | Thought | ToolCall) -> dict[str, Any]:
     return {"type": "text", "text": ""}
 
 
-def _append(content: list[dict[str, Any]], part: str | Thought | ToolCall) -> None:
+def _append(content: list[dict[str, Any]], part: Part) -> None:
     block = _block(part)
     if isinstance(part, ToolCall):
         content.append({**block, "input": json.loads(part.arguments)})
@@ -169,8 +159,8 @@ async def _events(
             reason, stop = blocks.reason(delta), delta.stop
     if kind:
         yield _event("content_block_stop", {"index": index})
-    usage = {"input_tokens": message["usage"]["input_tokens"], "output_tokens": running.usage.completion}
-    yield _event("message_delta", {"delta": {"stop_reason": reason, "stop_sequence": stop}, "usage": usage})
+    ended = {"stop_reason": reason, "stop_sequence": stop}
+    yield _event("message_delta", {"delta": ended, "usage": _usage(running)})
     yield _event("message_stop", {})
 
 

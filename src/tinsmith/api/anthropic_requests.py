@@ -5,33 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tinsmith.service.completions import Target, Wanted
-from tinsmith.text.tool_calls import Format, format_of
+from tinsmith.service.completions import Prompt, Target, Wanted
 from tinsmith.wire.fields import Fields
 
+from .conversations import Chat, Picture, read_effort, read_name, read_picture
 from .doors import read_stops, read_top_p, refuse_unknown, refuse_unless
-from .openai_requests import render
 
 _INT32 = 2**31 - 1
 _PROMPT = {"model", "messages", "system", "tools", "tool_choice", "thinking", "cache_control"}
-_SAMPLING = {
-    "max_tokens",
-    "metadata",
-    "stop_sequences",
-    "stream",
-    "temperature",
-    "top_k",
-    "top_p",
-    "service_tier",
-}
+_PROMPT |= {"output_config", "speed"}
+_SAMPLING = {"max_tokens", "metadata", "stop_sequences", "stream", "temperature", "top_k", "top_p"}
+_SAMPLING |= {"service_tier"}
 
 
 @dataclass(frozen=True, slots=True)
 class MessagesRequest:
     model: str
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]]
-    thinking: bool | None  # None: as the model's template has it
+    chat: Chat
+    parallel: bool  # whether an answer may use more than one tool
     max_tokens: int | None
     temperature: float
     top_p: float
@@ -44,20 +35,24 @@ class MessagesRequest:
         """With `count`, a request that only has its tokens counted."""
         refuse_unknown(fields, _PROMPT if count else _PROMPT | _SAMPLING, "/v1/messages")
         refuse_unless(fields, "service_tier", "auto", "standard_only")
+        refuse_unless(fields, "speed", "standard")
+        chat = Chat(thinking=_read_thinking(fields))
+        if (output := fields.optional_child("output_config")) is not None:
+            refuse_unknown(output, {"effort"}, "output_config")
+            chat.effort = read_effort(output, "effort")
         tools = _read_tools(fields) if fields.has("tools") else []
-        choice = fields.optional_child("tool_choice")
-        if choice is not None:
-            refuse_unless(choice, "type", "auto", "none")
-            refuse_unless(choice, "disable_parallel_tool_use", False)
-            if choice.raw("type") == "none":
-                tools = []
-        messages = _read_system(fields) + _read_messages(fields)
+        choice = fields.optional_child("tool_choice") or Fields({})
+        refuse_unknown(choice, {"type", "disable_parallel_tool_use"}, "tool_choice of that type")
+        refuse_unless(choice, "type", "auto", "none")
+        if choice.raw("type") != "none":
+            chat.tools = tools
+        chat.messages += _read_system(fields)
+        _read_messages(fields, chat)
         top_k = fields.optional_integer("top_k", least=0, most=_INT32)
         return cls(
             model=fields.text("model", longest=4096),
-            messages=messages,
-            tools=tools,
-            thinking=_read_thinking(fields),
+            chat=chat,
+            parallel=not choice.flag("disable_parallel_tool_use", False),
             max_tokens=None if count else fields.integer("max_tokens", least=1, most=_INT32),
             temperature=fields.number("temperature", 1.0, least=0.0),
             top_p=read_top_p(fields),
@@ -66,21 +61,12 @@ class MessagesRequest:
             stream=fields.flag("stream", False),
         )
 
-    def calls(self, target: Target) -> Format | None:
-        """How the model writes its calls, if there may be some that can be read."""
-        return format_of(target.tokenizer.template) if self.tools else None
+    async def prompt(self, target: Target) -> Prompt:
+        return await self.chat.prompt(target, go_on=self.chat.messages[-1]["role"] == "assistant")
 
-    async def prompt(self, target: Target) -> list[int]:
-        options: dict[str, Any] = {}
-        if self.thinking or target.tokenizer.knows("enable_thinking"):
-            options["enable_thinking"] = bool(self.thinking)
-        go_on = self.messages[-1]["role"] == "assistant"
-        return await render(target, self.messages, self.tools, options, go_on=go_on)
-
-    def wanted(self, target: Target, prompt: list[int]) -> Wanted:
-        calls = self.calls(target)
+    def wanted(self, target: Target, prompt: Prompt) -> Wanted:
         return Wanted(
-            special=bool(self.tools) and (calls is None or calls.special),
+            marks=target.tokenizer.dialect.marks(tools=bool(self.chat.tools)),
             prompts=[prompt],
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -97,20 +83,24 @@ def _read_thinking(fields: Fields) -> bool:
     kind = thinking.text("type")
     if kind not in ("enabled", "disabled", "adaptive"):
         raise thinking.error("type", "must be 'enabled', 'adaptive' or 'disabled'")
-    refuse_unknown(thinking, {"type", "budget_tokens"}, "thinking")
+    refuse_unknown(thinking, {"type", "budget_tokens", "display"}, "thinking")
+    refuse_unless(thinking, "display", "summarized")
+    thinking.optional_integer("budget_tokens", least=1)
     return kind != "disabled"
 
 
 def _read_tools(fields: Fields) -> list[dict[str, Any]]:
-    tools = []
+    tools: list[dict[str, Any]] = []
     for place, item in enumerate(fields.array("tools")):
         tool = Fields(item, f"tools[{place}]")
         refuse_unless(tool, "type", "custom")
         known = {"type", "name", "description", "input_schema", "cache_control", "strict"}
         refuse_unknown(tool, known, "tools")
         refuse_unless(tool, "strict", False)
-        function: dict[str, Any] = {"name": tool.text("name")}
-        if (description := tool.optional_text("description", longest=1 << 20)) is not None:
+        function: dict[str, Any] = {"name": read_name(tool, "name", tools)}
+        if (description := tool.raw("description")) is not None:
+            if not isinstance(description, str):
+                raise tool.error("description", "must be a text")
             function["description"] = description
         function["parameters"] = dict(tool.child("input_schema").values())
         tools.append({"type": "function", "function": function})
@@ -129,17 +119,19 @@ def _read_texts(fields: Fields, name: str) -> str:
     value = fields.raw(name)
     if isinstance(value, str):
         return value
-    texts = []
-    for place, item in enumerate(fields.array(name)):
-        block = Fields(item, f"{fields.where}.{name}[{place}]".lstrip("."))
-        texts.append(_read_text(block))
-    return "\n".join(texts)
+    return "\n".join(_read_text(block) for block in _blocks(fields, name))
 
 
-def _read_text(block: Fields) -> str:
+def _blocks(fields: Fields, name: str) -> list[Fields]:
+    where = f"{fields.where}.{name}".lstrip(".")
+    return [Fields(block, f"{where}[{i}]") for i, block in enumerate(fields.array(name))]
+
+
+def _read_text(block: Fields, *, images: bool = False) -> str:
     kind = block.raw("type")
     if kind != "text":
-        raise block.error("type", f"{str(kind)[:40]!r} is not offered by this server here; use 'text'")
+        offered = "'text' or 'image'" if images else "'text'"
+        raise block.error("type", f"{str(kind)[:40]!r} is not offered by this server here; use {offered}")
     refuse_unknown(block, {"type", "text", "cache_control", "citations"}, "blocks")
     refuse_unless(block, "citations", [])
     text = block.raw("text")
@@ -148,8 +140,23 @@ def _read_text(block: Fields) -> str:
     return text
 
 
-def _read_messages(fields: Fields) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
+def _read_part(block: Fields) -> str | Picture:
+    if block.raw("type") != "image":
+        return _read_text(block, images=True)
+    refuse_unknown(block, {"type", "source", "cache_control", "transformations"}, "images")
+    refuse_unless(block, "transformations", {})
+    source = block.child("source")
+    if source.raw("type") != "base64":
+        raise source.error("type", "must be 'base64'; this server fetches no images and keeps no files")
+    refuse_unknown(source, {"type", "media_type", "data"}, "images")
+    data = source.raw("data")
+    if not isinstance(data, str):
+        raise source.error("data", "must be a text: the image's bytes in base64")
+    return read_picture(source, "data", source.text("media_type"), data)
+
+
+def _read_messages(fields: Fields, chat: Chat) -> None:
+    first = len(chat.messages)
     for place, item in enumerate(fields.array("messages")):
         message = Fields(item, f"messages[{place}]")
         role = message.text("role")
@@ -160,33 +167,41 @@ def _read_messages(fields: Fields) -> list[dict[str, Any]]:
         refuse_unknown(message, {"role", "content"}, "messages")
         content = message.raw("content")
         if isinstance(content, str):
-            messages.append({"role": role, "content": content})
+            chat.messages.append({"role": role, "content": content})
             continue
-        blocks = [
-            Fields(block, f"messages[{place}].content[{i}]")
-            for i, block in enumerate(message.array("content"))
-        ]
-        messages += _read_assistant(blocks) if role == "assistant" else _read_user(blocks)
-    if not messages:
+        blocks = _blocks(message, "content")
+        chat.messages += _read_assistant(blocks) if role == "assistant" else _read_user(blocks, chat)
+    if len(chat.messages) == first:
         raise fields.error("messages", "must have at least one message with content")
-    return messages
 
 
-def _read_user(blocks: list[Fields]) -> list[dict[str, Any]]:
+def _read_user(blocks: list[Fields], chat: Chat) -> list[dict[str, Any]]:
+    """Results of tools are messages of their own, and stand before what the user says beside."""
     found: list[dict[str, Any]] = []
+    said: list[str | Picture] = []
     for block in blocks:
-        if block.raw("type") == "tool_result":
-            refuse_unknown(
-                block, {"type", "tool_use_id", "content", "is_error", "cache_control"}, "tool results"
-            )
-            text = _read_texts(block, "content") if block.has("content") else ""
-            if block.flag("is_error", False):
-                text = f"Error: {text}"
-            found.append({"role": "tool", "tool_call_id": block.text("tool_use_id"), "content": text})
-        elif found and found[-1]["role"] == "user":
-            found[-1]["content"] += "\n" + _read_text(block)
+        if block.raw("type") != "tool_result":
+            said.append(_read_part(block))
+            continue
+        if said:
+            found.append({"role": "user", "content": chat.content(said)})
+            said = []
+        known = {"type", "tool_use_id", "content", "is_error", "cache_control"}
+        refuse_unknown(block, known, "tool results")
+        wrong = "Error: " if block.flag("is_error", False) else ""
+        content = block.raw("content")
+        if content is None or isinstance(content, str):
+            parts: list[str | Picture] = [wrong + (content or "")]
         else:
-            found.append({"role": "user", "content": _read_text(block)})
+            parts = [_read_part(part) for part in _blocks(block, "content")]
+            if wrong:
+                first = parts.pop(0) if parts and isinstance(parts[0], str) else ""
+                parts.insert(0, f"{wrong}{first}")
+        found.append(
+            {"role": "tool", "tool_call_id": block.text("tool_use_id"), "content": chat.content(parts)}
+        )
+    if said:
+        found.append({"role": "user", "content": chat.content(said)})
     return found
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from starlette.responses import Response
 
 from tinsmith.service import errors
-from tinsmith.service.completions import Delta, Running, Target, Token, Usage
+from tinsmith.service.completions import Delta, Prompt, Running, Target, Token, Usage
+from tinsmith.text.parts import Part, Reader, Thought
 from tinsmith.text.tokenizer import Tokenizer
-from tinsmith.text.tool_calls import Format, ToolCall
 
 from .doors import HOSTED, EventStream, all_of, begun, door, dump, guarded, while_there
 from .http import Call, json_response
@@ -33,7 +33,8 @@ _TYPES = {
 def encode_error(status: int, text: str, field: str | None, error: Exception | None) -> dict[str, object]:
     kind, code = _TYPES.get(status, ("server_error", None))
     more = error.reached.fields() if isinstance(error, errors.Limited) else {}
-    return {"error": {"message": text, "type": kind, "param": field, "code": code, **more}}
+    told = {"message": text, "type": kind, "param": field, "code": code, **more}
+    return {"error": told, "detail": text}
 
 
 @dataclass(slots=True)
@@ -119,7 +120,7 @@ async def completions(call: Call) -> Response:
             choice.text, choice.tokens, choice.finish = "", [], "length"
         tokens = choice.tokens
         if request.echo:
-            before = tokenizer.decode(wanted.prompts[number])
+            before = tokenizer.decode(wanted.prompts[number].tokens)
             choice.text = before + choice.text
             moved = [Token(t.id, t.offset + len(before), t.logprob, t.likeliest) for t in tokens]
             tokens = [*running.prompts.get(number, []), *moved]
@@ -136,7 +137,7 @@ async def _completion_events(
     running: Running,
     request: CompletionRequest,
     target: Target,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     head: dict[str, object],
 ) -> AsyncIterator[bytes]:
     def chunk(index: int, text: str, tokens: Sequence[Token], finish: str | None) -> bytes:
@@ -147,7 +148,7 @@ async def _completion_events(
     more = {"usage": None} if request.include_usage else {}
     if request.echo:
         for index in range(len(prompts) * request.n):
-            yield chunk(index, target.tokenizer.decode(prompts[index // request.n]), [], None)
+            yield chunk(index, target.tokenizer.decode(prompts[index // request.n].tokens), [], None)
     async for delta in deltas:
         yield chunk(delta.index, delta.text, delta.tokens, delta.finish)
     if request.include_usage:
@@ -178,39 +179,58 @@ async def chat_completions(call: Call) -> Response:
     target = await call.service.completions.target(call.caller, request.model)
     wanted = await request.wanted(target)
     running = await call.service.completions.begin(call.caller, target, wanted, stream=request.stream)
-    calls_as = request.calls(target)
+    how = {"thoughts": request.thoughts, "parallel": request.parallel}
+    answers = [_Answer(request.chat.reader(target, wanted.prompts[0], **how)) for _ in range(wanted.n)]
     try:
         if request.stream:
             head = _head("chatcmpl", "chat.completion.chunk", request.model)
             deltas = await while_there(call.request, begun(running.deltas()))
-            events = _chat_events(deltas, running, request, target, calls_as, head)
+            events = _chat_events(deltas, running, request, target, answers, head)
             return EventStream(guarded(events, encode_error, _event), running)
         gathered = _gather(await while_there(call.request, all_of(running.deltas())), wanted.n)
     except BaseException:
         await running.close()
         raise
     choices = []
-    for index, choice in enumerate(gathered):
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-        if calls_as is not None:
-            found = calls_as.parser()
-            parts = [*found.feed(choice.text), *found.rest()]
-            if calls := [part for part in parts if isinstance(part, ToolCall)]:
-                text = "".join(part for part in parts if isinstance(part, str)).strip()
-                message["content"] = text or None
-                message["tool_calls"] = [_tool_call(c) for c in calls]
-                choice.finish = "tool_calls" if choice.finish == "stop" else choice.finish
+    for index, (choice, answer) in enumerate(zip(gathered, answers, strict=True)):
+        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        for delta in answer.feed(choice.text, choice.finish):
+            for name, more in delta.items():
+                message[name] = message.get(name, type(more)()) + more
+        if "tool_calls" in message:
+            message["content"] = message["content"] or None
+            for entry in message["tool_calls"]:
+                del entry["index"]
         logprobs = _chat_logprobs(choice.tokens, target.tokenizer) if request.logprobs is not None else None
-        choices.append(
-            {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
-        )
+        finish = answer.finish(choice.finish)
+        choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish})
     head = _head("chatcmpl", "chat.completion", request.model)
     return json_response({**head, "choices": choices, "usage": _usage(running.usage)})
 
 
-def _tool_call(call: ToolCall) -> dict[str, object]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+class _Answer:
+    """An answer's text as what the client is told of it."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._called = 0
+
+    def feed(self, text: str, finish: str | None) -> list[dict[str, Any]]:
+        parts = self._reader.feed(text)
+        return [self._tell(part) for part in [*parts, *(self._reader.rest() if finish else ())]]
+
+    def finish(self, reason: str | None) -> str | None:
+        return "tool_calls" if self._called and reason == "stop" else reason
+
+    def _tell(self, part: Part) -> dict[str, Any]:
+        if isinstance(part, Thought):
+            return {"reasoning_content": part.text}
+        if isinstance(part, str):
+            return {"content": part}
+        self._called += 1
+        function = {"name": part.name, "arguments": part.arguments}
+        entry = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+        return {"tool_calls": [{"index": self._called - 1, **entry}]}
 
 
 async def _chat_events(
@@ -218,43 +238,30 @@ async def _chat_events(
     running: Running,
     request: ChatRequest,
     target: Target,
-    calls_as: Format | None,
+    answers: Sequence[_Answer],
     head: dict[str, object],
 ) -> AsyncIterator[bytes]:
     more = {"usage": None} if request.include_usage else {}
 
     def chunk(
-        index: int, delta: dict[str, object], tokens: Sequence[Token] = (), finish: str | None = None
+        index: int, delta: dict[str, Any], tokens: Sequence[Token] = (), finish: str | None = None
     ) -> bytes:
         logprobs = _chat_logprobs(tokens, target.tokenizer) if request.logprobs is not None else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return _event({**head, "choices": [choice], **more})
 
-    parsers = [calls_as.parser() for _ in range(request.n)] if calls_as is not None else []
-    called = [0] * request.n
     for index in range(request.n):
         yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
     async for delta in deltas:
-        index, tokens = delta.index, delta.tokens
-        parts: list[str | ToolCall] = [delta.text] if delta.text else []
-        if parsers:
-            parts = parsers[index].feed(delta.text)
-            parts += parsers[index].rest() if delta.finish else []
-        if tokens and not parts and not delta.finish:
-            parts = [""]
-        for part in parts:
-            if isinstance(part, str):
-                if called[index] and not part.strip():
-                    continue  # what stands between calls
-                yield chunk(index, {"content": part}, tokens)
-            else:
-                entry = {"index": called[index], **_tool_call(part)}
-                called[index] += 1
-                yield chunk(index, {"tool_calls": [entry]}, tokens)
+        answer, tokens = answers[delta.index], delta.tokens
+        told = answer.feed(delta.text, delta.finish)
+        if tokens and not told and not delta.finish:
+            told = [{"content": ""}]
+        for each in told:
+            yield chunk(delta.index, each, tokens)
             tokens = ()
         if delta.finish:
-            finish = "tool_calls" if called[index] and delta.finish == "stop" else delta.finish
-            yield chunk(index, {}, tokens, finish)
+            yield chunk(delta.index, {}, tokens, answer.finish(delta.finish))
     if request.include_usage:
         yield _event({**head, "choices": [], "usage": _usage(running.usage)})
     yield b"data: [DONE]\n\n"

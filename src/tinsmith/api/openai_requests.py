@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
-from tinsmith.service.completions import Target, Wanted
+from tinsmith.service.completions import Prompt, Target, Wanted
 from tinsmith.text.tokenizer import TextError
-from tinsmith.text.tool_calls import Format, format_of
 from tinsmith.wire.errors import WireError
 from tinsmith.wire.fields import Fields
 from tinsmith.wire.sample_request import MOST_SAMPLES
 
+from .conversations import Chat, Picture, read_data_url, read_effort, read_name
 from .doors import read_stops, read_top_p, refuse_unknown, refuse_unless
 
 _INT32 = 2**31 - 1
@@ -41,7 +40,7 @@ class _Request:
     include_usage: bool
     logprobs: int | None
 
-    def _wanted(self, prompts: list[list[int]], max_tokens: int | None, prompt_logprobs: bool) -> Wanted:
+    def _wanted(self, prompts: list[Prompt], max_tokens: int | None, prompt_logprobs: bool) -> Wanted:
         return Wanted(
             prompts=prompts,
             n=self.n,
@@ -118,7 +117,7 @@ class CompletionRequest(_Request):
         return request
 
     async def wanted(self, target: Target) -> Wanted:
-        prompts: list[list[int]] = []
+        prompts: list[Prompt] = []
         for place, prompt in enumerate(self.prompts):
             where = "prompt" if len(self.prompts) == 1 else f"prompt[{place}]"
             ids = await _encode(target, prompt, where) if isinstance(prompt, str) else prompt
@@ -129,7 +128,7 @@ class CompletionRequest(_Request):
                     where,
                     f"has token {worst}; {target.model.name} has ids 0 to {target.model.vocab_size - 1}",
                 )
-            prompts.append(ids)
+            prompts.append(Prompt(ids))
         return self._wanted(prompts, self.max_tokens or 1, self.echo and self.logprobs is not None)
 
 
@@ -161,23 +160,17 @@ def _are_ids(values: list[Any]) -> bool:
 
 
 _CHAT = {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
-_CHAT |= {
-    "response_format",
-    "modalities",
-    "reasoning_effort",
-    "service_tier",
-    "store",
-    "chat_template_kwargs",
-}
+_CHAT |= {"response_format", "modalities", "reasoning_effort", "service_tier", "store", "verbosity"}
+_CHAT |= {"prompt_cache_retention", "chat_template_kwargs", "separate_reasoning"}
 _RESERVED = {"tools", "messages", "chat_template", "tokenize", "return_dict", "return_tensors", "documents"}
 _RESERVED |= {"add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length"}
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest(_Request):
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]]
-    options: dict[str, Any]  # what the chat template is told beside
+    chat: Chat
+    parallel: bool  # whether an answer may call more than one tool
+    thoughts: bool  # whether they are told apart
 
     @classmethod
     def read(cls, fields: Fields) -> ChatRequest:
@@ -186,7 +179,8 @@ class ChatRequest(_Request):
         refuse_unless(fields, "modalities", ["text"])
         refuse_unless(fields, "service_tier", "auto", "default")
         refuse_unless(fields, "store", False)
-        refuse_unless(fields, "parallel_tool_calls", True)
+        refuse_unless(fields, "verbosity", "medium")
+        refuse_unless(fields, "prompt_cache_retention", "in_memory")
         refuse_unless(fields, "tool_choice", "auto", "none")
         limits = [
             fields.optional_integer(name, least=1, most=_INT32)
@@ -200,82 +194,55 @@ class ChatRequest(_Request):
         for name in options:
             if name in _RESERVED:
                 raise fields.error(f"chat_template_kwargs.{name}", "is not for requests to set; leave it out")
-        if (effort := fields.optional_text("reasoning_effort")) is not None:
-            options["reasoning_effort"] = effort
+        chat = Chat(options=options, effort=read_effort(fields, "reasoning_effort"))
         tools = read_tools(fields) if fields.has("tools") else []
+        if fields.raw("tool_choice") != "none":
+            chat.tools = tools
+        read_messages(fields, chat)
         return cls(
             **_read(fields, limits[0] if limits[0] is not None else limits[1], (top or 0) if shown else None),
-            messages=read_messages(fields),
-            tools=tools if fields.raw("tool_choice") != "none" else [],
-            options=options,
+            chat=chat,
+            parallel=fields.flag("parallel_tool_calls", True),
+            thoughts=fields.flag("separate_reasoning", True),
         )
 
-    def calls(self, target: Target) -> Format | None:
-        """How the model writes its calls, if there may be some that can be read."""
-        return format_of(target.tokenizer.template) if self.tools else None
-
     async def wanted(self, target: Target) -> Wanted:
-        prompt = await render(target, self.messages, self.tools, self.options)
-        calls = self.calls(target)
-        # Where nothing reads the calls here, whoever asked does, and needs their marks.
-        special = bool(self.tools) and (calls is None or calls.special)
-        return replace(self._wanted([prompt], self.max_tokens, False), special=special)
-
-
-async def render(
-    target: Target,
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]],
-    options: dict[str, Any],
-    *,
-    go_on: bool = False,
-) -> list[int]:
-    """The conversation by the model's chat template, which has to know what it is told."""
-    tokenizer = target.tokenizer
-    if tokenizer.template is not None:
-        if tools and not tokenizer.knows("tools"):
-            raise WireError(
-                "tools", f"are not known to the chat template of {target.model.name}; leave them out"
-            )
-        for name in options:
-            if not tokenizer.knows(name):
-                raise WireError(
-                    name, f"is not known to the chat template of {target.model.name}; leave it out"
-                )
-    try:
-        return await asyncio.to_thread(partial(tokenizer.chat, messages, tools, options, go_on=go_on))
-    except TextError as error:
-        raise WireError("messages", str(error)) from None
+        prompt = await self.chat.prompt(target)
+        marks = target.tokenizer.dialect.marks(tools=bool(self.chat.tools))
+        return replace(self._wanted([prompt], self.max_tokens, False), marks=marks)
 
 
 def read_tools(fields: Fields) -> list[dict[str, Any]]:
-    tools = []
+    tools: list[dict[str, Any]] = []
     for place, item in enumerate(fields.array("tools")):
         tool = Fields(item, f"tools[{place}]")
         if tool.text("type") != "function":
             raise tool.error("type", "must be 'function'")
+        refuse_unknown(tool, {"type", "function"}, "tools")
         function = tool.child("function")
-        function.text("name")
-        function.optional_text("description", longest=1 << 20)
+        refuse_unknown(function, {"name", "description", "parameters", "strict"}, "functions")
+        read_name(function, "name", tools)
         function.optional_child("parameters")
+        description = function.raw("description")
+        if description is not None and not isinstance(description, str):
+            raise function.error("description", "must be a text")
         refuse_unless(function, "strict", False)
-        tools.append({"type": "function", "function": dict(function.values())})
+        said = {name: value for name, value in function.values().items() if value is not None}
+        tools.append({"type": "function", "function": said})
     return tools
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def read_messages(fields: Fields) -> list[dict[str, Any]]:
-    messages = []
+def read_messages(fields: Fields, chat: Chat) -> None:
     for place, item in enumerate(fields.array("messages")):
-        messages.append(_read_message(Fields(item, f"messages[{place}]")))
-    if not messages:
+        chat.messages.append(_read_message(Fields(item, f"messages[{place}]"), chat))
+    if not chat.messages:
         raise fields.error("messages", "must have at least one message")
-    return messages
 
 
-def _read_message(message: Fields) -> dict[str, Any]:
+def _read_message(message: Fields, chat: Chat) -> dict[str, Any]:
     role = message.text("role")
     if role not in _ROLES:
         raise message.error("role", f"must be one of {', '.join(_ROLES)}")
@@ -286,13 +253,15 @@ def _read_message(message: Fields) -> dict[str, Any]:
     refuse_unless(message, "annotations", [])
     refuse_unless(message, "refusal")
     found: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    if message.has("tool_calls"):
-        found["tool_calls"] = [
-            _read_call(Fields(item, f"{message.where}.tool_calls[{i}]"))
-            for i, item in enumerate(message.array("tool_calls"))
-        ]
+    calls: list[dict[str, Any]] = []
+    for i, item in enumerate(message.array("tool_calls") if message.has("tool_calls") else ()):
+        calls.append(_read_call(Fields(item, f"{message.where}.tool_calls[{i}]")))
+    if calls:
+        found["tool_calls"] = calls
     content = message.raw("content")
-    found["content"] = "" if content is None and found.get("tool_calls") else _read_content(message, content)
+    if content is None and role == "assistant" and (calls or message.has("reasoning_content")):
+        content = ""
+    found["content"] = _read_content(message, content, chat, images=role in ("user", "tool"))
     for name in ("name", "reasoning_content", "tool_call_id"):
         if (text := message.raw(name)) is not None:
             if not isinstance(text, str):
@@ -303,23 +272,33 @@ def _read_message(message: Fields) -> dict[str, Any]:
     return found
 
 
-def _read_content(message: Fields, content: object) -> str:
+def _read_content(
+    message: Fields, content: object, chat: Chat, *, images: bool
+) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise message.error("content", "must be a text or a list of parts")
-    texts = []
+    parts: list[str | Picture] = []
     for place, item in enumerate(content):
         part = Fields(item, f"{message.where}.content[{place}]")
-        if part.raw("type") != "text":
-            raise part.error(
-                "type", f"{str(part.raw('type'))[:40]!r} is not offered by this server; use 'text'"
-            )
+        kind = part.raw("type")
+        if kind == "image_url" and images:
+            refuse_unknown(part, {"type", "image_url"}, "parts")
+            image = part.child("image_url")
+            refuse_unknown(image, {"url", "detail"}, "images")
+            refuse_unless(image, "detail", "auto")
+            parts.append(read_data_url(image, "url"))
+            continue
+        if kind != "text":
+            offered = "'text' or 'image_url'" if images else "'text'"
+            raise part.error("type", f"{str(kind)[:40]!r} is not offered by this server here; use {offered}")
+        refuse_unknown(part, {"type", "text"}, "parts")
         text = part.raw("text")
         if not isinstance(text, str):
             raise part.error("text", "must be a text")
-        texts.append(text)
-    return "\n".join(texts)
+        parts.append(text)
+    return chat.content(parts)
 
 
 def _read_call(call: Fields) -> dict[str, Any]:

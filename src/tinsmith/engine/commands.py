@@ -395,6 +395,7 @@ class ModelInfo:
     way: str  # how sequences go through it, see BaseModel.way
     images: bool = False  # whether it takes them
     no_images: str = ""  # why not
+    image_token: int | None = None  # what chat templates write in an image's place
     not_trainable: str = ""  # why no run can be made of it here; empty where one can
     not_sampleable: str = ""
     active_parameters: int = 0  # that a token meets: of experts, those that it goes to

@@ -168,6 +168,7 @@ class Engine:
             way=model.way,
             images=model.vision is not None,
             no_images="" if model.vision is not None else model.no_images,
+            image_token=model.vision.token if model.vision is not None else None,
             not_trainable=self._not_trainable(model),
             not_sampleable=self._not_sampleable(model),
             text_path=text_path,

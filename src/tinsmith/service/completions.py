@@ -6,6 +6,7 @@ Everything goes through Sampling, so that it is metered, limited and shared as a
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +15,11 @@ import numpy as np
 
 from tinsmith.engine.commands import ModelInfo, Piece
 from tinsmith.store.samplers import SamplingSessionRow
+from tinsmith.text.parts import beginning
 from tinsmith.text.tokenizer import Detokenizer, TextError, Tokenizer
-from tinsmith.text.tool_calls import beginning
 from tinsmith.wire import tinsmith_pb2 as pb
+from tinsmith.wire.errors import WireError
+from tinsmith.wire.images import ImageChunk
 from tinsmith.wire.sample_request import SampleRequest
 
 from .caller import Caller
@@ -38,12 +41,26 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """How to complete each of `prompts` (token ids), `n` times. `logprobs` None asks for none, k for those of
-    the k likeliest tokens beside each sampled one. `prompt_logprobs` asks for the prompt's, too; `special`
-    for special tokens as text."""
+class Prompt:
+    """Token ids, the images among them (`chunk` is an image's number), and their names in errors."""
 
-    prompts: Sequence[Sequence[int]]
+    tokens: Sequence[int]
+    images: tuple[ImageChunk, ...] = ()
+    places: tuple[str, ...] = ()
+
+    @property
+    def least(self) -> int:
+        """Its tokens, at least: only the engine knows how many an image is."""
+        return len(self.tokens) + len(self.images)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How to complete each of `prompts`, `n` times. `logprobs` None asks for none, k for those of
+    the k likeliest tokens beside each sampled one. `prompt_logprobs` asks for the prompt's, too. Of
+    special tokens those in `marks` are text, all of them where that is None."""
+
+    prompts: Sequence[Prompt]
     n: int = 1
     max_tokens: int | None = None
     temperature: float = 1.0
@@ -53,7 +70,7 @@ class Wanted:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
-    special: bool = False
+    marks: tuple[str, ...] | None = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +161,12 @@ class Running:
         self._open: dict[int, str] = {}
         self._closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._outputs = [_Output(index, target, wanted) for index in range(len(wanted.prompts) * wanted.n)]
-        self.usage = Usage(prompt=sum(map(len, wanted.prompts)))
+        self.usage = Usage(prompt=sum(prompt.least for prompt in wanted.prompts))
         self.prompts: dict[
             int, list[Token]
         ] = {}  # with prompt_logprobs, by number of the prompt, once it has ended
 
-    async def add(self, number: int, prompt: Sequence[int], stream: bool) -> None:
+    async def add(self, number: int, prompt: Prompt, stream: bool) -> None:
         wanted, target = self._wanted, self._target
         k = wanted.logprobs or 0
         request = SampleRequest(
@@ -157,9 +174,9 @@ class Running:
             seq_id=None,
             base_model=target.base_model,
             model_path=target.model_path,
-            prompt=np.array(prompt, "<i4").tobytes(),
-            images=(),
-            prompt_length=len(prompt),
+            prompt=np.array(prompt.tokens, "<i4").tobytes(),
+            images=prompt.images,
+            prompt_length=prompt.least,
             num_samples=wanted.n,
             max_tokens=wanted.max_tokens,
             seed=wanted.seed,
@@ -197,7 +214,7 @@ class Running:
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """The completions, piece by piece; each of them whole in one piece where they are not streamed.
-        Raises Refused, Unavailable, or RuntimeError where the server is to blame."""
+        Raises Refused, WireError, Unavailable, or RuntimeError where the server is to blame."""
         while self._open:
             number, event = await self._events.get()
             if isinstance(event, Piece):
@@ -210,21 +227,25 @@ class Running:
                 if more is not None:
                     yield more
                 continue
-            del self._open[number]
-            for more in self._ended(number, event):
+            for more in self._ended(number, self._open.pop(number), event):
                 yield more
 
-    def _ended(self, number: int, event: Outcome | Exception) -> list[Delta]:
+    def _ended(self, number: int, request_id: str, event: Outcome | Exception) -> list[Delta]:
         if isinstance(event, Exception):
             raise event
         if isinstance(event, Lost):
             raise Unavailable(event.message)
         if isinstance(event, Failure):
-            if event.category == "user":
-                raise Refused(event.message)
-            raise RuntimeError(event.message)
+            if event.category != "user":
+                raise RuntimeError(event.message)
+            if image := re.match(r"prompt\.chunks\[(\d+)\] ", event.message):
+                place = self._wanted.prompts[number].places[int(image[1])]
+                raise WireError(place, event.message[image.end() :])
+            raise Refused(event.message)
         assert isinstance(event.payload, bytes)
         response = pb.SampleResponse.FromString(event.payload)
+        if self._wanted.prompts[number].images:
+            self.usage.prompt += self._sampling.prompt_tokens(request_id) - self._wanted.prompts[number].least
         self.usage.cached += response.prompt_cache_hit_tokens
         if self._wanted.prompt_logprobs:
             self.prompts[number] = self._prompt_tokens(number, response)
@@ -242,7 +263,7 @@ class Running:
         return found
 
     def _prompt_tokens(self, number: int, response: pb.SampleResponse) -> list[Token]:
-        ids = list(self._wanted.prompts[number])
+        ids = list(self._wanted.prompts[number].tokens)
         logprobs = np.frombuffer(response.prompt_logprobs, "<f4").tolist()
         tops = _topk(response.topk_prompt_logprobs, len(ids))
         detokenizer, offset, tokens = Detokenizer(self._target.tokenizer), 0, []
@@ -276,7 +297,7 @@ class _Output:
     detokenizer: Detokenizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.detokenizer = Detokenizer(self.target.tokenizer, special=self.wanted.special)
+        self.detokenizer = Detokenizer(self.target.tokenizer, marks=self.wanted.marks)
 
     def feed(self, fresh: Sequence[tuple[int, float, Sequence[tuple[int, float]]]]) -> Delta | None:
         self.heard += len(fresh)

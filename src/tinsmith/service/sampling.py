@@ -286,6 +286,11 @@ class Sampling:
             sample.fetched_at = time.monotonic()
         return outcome
 
+    def prompt_tokens(self, request_id: str) -> int:
+        """How many tokens the prompt of a sample that has ended was, images included."""
+        usage = self._samples[request_id].usage
+        return usage.get("prefill", 0) + usage.get("cached_prefill", 0)
+
     async def completions(
         self, caller: Caller, request: RetrieveFutures, hold: float, closing: asyncio.Future[None]
     ) -> tuple[list[dict[str, object]], int]:

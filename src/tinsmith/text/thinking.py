@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from .parts import Part, Thought, beginning
 
-from .tool_calls import beginning
-
-_OPEN, _CLOSE = "<think>", "</think>"
-
-
-@dataclass(frozen=True, slots=True)
-class Thought:
-    """More of what a model thinks."""
-
-    text: str
+TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 
 class Thinking:
     """Parts a text that comes in pieces into thoughts and the answer."""
 
-    def __init__(self, *, begun: bool) -> None:
-        """`begun`: whether the prompt ends with <think> already."""
+    def __init__(self, *, begun: bool, tags: tuple[str, str] = TAGS[0]) -> None:
+        """`begun`: whether the prompt ends with the opening tag already."""
+        self._open, self._close = tags
         self._held = ""
         self._state = "opened" if begun else "start"
 
-    def feed(self, text: str) -> list[str | Thought]:
+    def feed(self, text: str) -> list[Part]:
         self._held += text
         if self._state == "start":
             bare = self._held.lstrip()
-            if bare.startswith(_OPEN):
-                self._state, self._held = "opened", bare[len(_OPEN) :]
-            elif _OPEN.startswith(bare):
+            if bare.startswith(self._open):
+                self._state, self._held = "opened", bare[len(self._open) :]
+            elif self._open.startswith(bare):
                 return []  # not known yet
             else:
                 self._state = "answer"
@@ -38,15 +30,15 @@ class Thinking:
             self._held = self._held.lstrip("\n")
             if self._held:
                 self._state = "thinking"
-        found: list[str | Thought] = []
+        found: list[Part] = []
         if self._state == "thinking":
-            end = self._held.find(_CLOSE)
-            stop = end if end >= 0 else len(self._held) - beginning(self._held, (_CLOSE,))
+            end = self._held.find(self._close)
+            stop = end if end >= 0 else len(self._held) - beginning(self._held, (self._close,))
             if self._held[:stop]:
                 found.append(Thought(self._held[:stop]))
             self._held = self._held[stop:]
             if end >= 0:
-                self._state, self._held = "gap", self._held[len(_CLOSE) :]
+                self._state, self._held = "gap", self._held[len(self._close) :]
         if self._state == "gap":  # the blank lines behind a thought
             self._held = self._held.lstrip("\n")
             if self._held:
@@ -56,7 +48,7 @@ class Thinking:
             self._held = ""
         return found
 
-    def rest(self) -> list[str | Thought]:
+    def rest(self) -> list[Part]:
         held, self._held = self._held, ""
         if not held:
             return []

@@ -10,6 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .dialect import Dialect
+from .messages import MessageError, with_text_arguments
+
 
 class TextError(ValueError):
     """What cannot be made of a text; the message says why."""
@@ -32,10 +35,14 @@ class Tokenizer:
         self._encoder, self._decoder = tokenizer, copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
         self._bytes: dict[int, bytes] = {}
+        special = {id_: tokenizer.convert_ids_to_tokens(id_) for id_ in tokenizer.all_special_ids}
+        special |= {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special: dict[int, str] = special
         template = tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("tool_use") or template.get("default")
         self.template: str | None = template
+        self.dialect = Dialect.of(template)
 
     @classmethod
     def load(cls, folder: str) -> Tokenizer:
@@ -60,7 +67,7 @@ class Tokenizer:
 
     def knows(self, variable: str) -> bool:
         """Whether the chat template looks at a variable."""
-        return re.search(rf"\b{re.escape(variable)}\b", self.template or "") is not None
+        return variable in self.dialect.variables
 
     def chat(
         self,
@@ -75,26 +82,36 @@ class Tokenizer:
         if self.template is None:
             raise TextError("this model has no chat template; use /completions")
         try:
-            with self._lock:
-                ids: list[int] = self._encoder.apply_chat_template(
-                    list(messages),
-                    tools=list(tools) if tools else None,
-                    chat_template=self.template,
-                    add_generation_prompt=not go_on,
-                    continue_final_message=go_on,
-                    tokenize=True,
-                    return_dict=False,
-                    **options,
-                )
-        except Exception as error:  # templates raise what they like
-            text = " ".join(str(error).split())[:300]
-            raise TextError(f"the model's chat template does not take this: {text}") from error
-        return ids
+            arranged = self.dialect.arrange(messages)
+        except MessageError as error:
+            raise TextError(str(error)) from None
+        reason: Exception | None = None
+        for written, offered in _ways(arranged, tools or ()):
+            try:
+                with self._lock:
+                    ids: list[int] = self._encoder.apply_chat_template(
+                        written,
+                        tools=offered or None,
+                        chat_template=self.template,
+                        add_generation_prompt=not go_on,
+                        continue_final_message=go_on,
+                        tokenize=True,
+                        return_dict=False,
+                        **options,
+                    )
+            except Exception as error:  # templates raise what they like
+                reason = reason or error
+            else:
+                return ids
+        text = " ".join(str(reason).split())[:300]
+        raise TextError(f"the model's chat template does not take this: {text}") from reason
 
-    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """The text of some tokens, without the special ones unless they are wanted. Bytes that are no
-        character are U+FFFD."""
-        text: str = self._decoder.decode(list(ids), skip_special_tokens=not special)
+    def decode(self, ids: Sequence[int], *, marks: tuple[str, ...] | None = ()) -> str:
+        """The text of some tokens, of special ones only with those in `marks`, or with all of them where that
+        is None. Bytes that are no character are U+FFFD."""
+        if marks:
+            ids = [id_ for id_ in ids if (name := self._special.get(id_)) is None or name in marks]
+        text: str = self._decoder.decode(list(ids), skip_special_tokens=marks == ())
         return text
 
     def token_bytes(self, token: int) -> bytes:
@@ -124,6 +141,21 @@ class Tokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
+def _ways(
+    messages: list[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> list[tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]]:
+    """How a conversation may be told to a template, the usual way first: some put arguments together with
+    text, some expect of each function all that it can have."""
+    conversations = [messages]
+    if any(message.get("tool_calls") for message in messages):
+        conversations.append(with_text_arguments(messages))
+    offers = [list(tools)]
+    if any(not {"description", "parameters"} <= set(tool["function"]) for tool in tools):
+        empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
+        offers.append([{**tool, "function": {**empty, **tool["function"]}} for tool in tools])
+    return [(conversation, offer) for offer in offers for conversation in conversations]
+
+
 def _byte_alphabet() -> dict[str, int]:
     """The characters by which byte-level vocabularies write bytes (GPT-2)."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -139,8 +171,8 @@ _BYTES = _byte_alphabet()
 class Detokenizer:
     """A text token by token. What it has given out never changes, and never ends within a character."""
 
-    def __init__(self, tokenizer: Tokenizer, *, special: bool = False) -> None:
-        self._decode = partial(tokenizer.decode, special=special)
+    def __init__(self, tokenizer: Tokenizer, *, marks: tuple[str, ...] | None = ()) -> None:
+        self._decode = partial(tokenizer.decode, marks=marks)
         self._ids: list[int] = []
         # Some tokens before the new ones are decoded with them: how one reads may depend on its neighbours.
         self._before = self._given = 0

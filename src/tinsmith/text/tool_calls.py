@@ -1,202 +1,188 @@
-"""Tool calls that a model writes into its text, in the formats that chat templates ask for.
+"""The formats that chat templates ask for tool calls in, and how each reads.
 
-- Hermes, Qwen: JSON between <tool_call> and </tool_call>
+- Hermes, Qwen3: JSON between <tool_call> and </tool_call>
+- Qwen3-Coder, Qwen3.5, Nemotron 3: <function=NAME> with a <parameter=NAME> for each argument
+- GLM 4: NAME and pairs of <arg_key> and <arg_value> between <tool_call> and </tool_call>
 - Llama 3: the whole answer is JSON with `name` and `parameters`
 - DeepSeek V3 and R1: a name and JSON in a fence between marks of their own; V3.1: without the fence
 - Kimi K2: functions.NAME:NUMBER and JSON
+- Nemotron Nano 2 and Super: a list of JSON between <TOOLCALL> and </TOOLCALL>
+- Mistral: [TOOL_CALLS] and a list of JSON; from tokenizer 11 on NAME[ARGS]JSON
+- LFM2, OLMo 3: Python calls between marks
+- GPT-OSS: harmony, see harmony.py
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    name: str
-    arguments: str  # a JSON object
-
-
-Part = str | ToolCall
-
-
-class ToolCalls(Protocol):
-    """Finds calls in a text that comes in pieces. What cannot be read as a call stays text."""
-
-    def feed(self, text: str) -> list[Part]: ...
-
-    def rest(self) -> list[Part]:
-        """What is left at the end."""
-        ...
+from . import harmony
+from .marked import Marked, Whole
+from .messages import Message, ids_of_kimi, ids_of_mistral
+from .parts import Reader, ToolCall, Tools, call_of, parsed
+from .values import pythonic, typed
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How a model's calls look. `special`: its marks are special tokens, which have to be in the text."""
+    """How a model's calls look. `marks` are special tokens that have to be in the text; `arrange` makes of a
+    conversation what the template writes rightly."""
 
-    parser: Callable[[], ToolCalls]
-    special: bool
-
-
-class Marked:
-    """Calls between marks, `read` from what is between them. `frame` are marks around all calls together,
-    which are no text."""
-
-    def __init__(
-        self, opens: str, closes: str, read: Callable[[str], ToolCall | None], frame: tuple[str, ...] = ()
-    ) -> None:
-        self._opens, self._closes, self._read, self._frame = opens, closes, read, frame
-        self._held = ""
-
-    def feed(self, text: str) -> list[Part]:
-        self._held += text
-        found: list[Part] = []
-        while True:
-            for mark in self._frame:
-                self._held = self._held.replace(mark, "")
-            start = self._held.find(self._opens)
-            if start < 0:
-                keep = beginning(self._held, (self._opens, *self._frame))
-                if len(self._held) > keep:
-                    found.append(self._held[: len(self._held) - keep])
-                    self._held = self._held[len(self._held) - keep :]
-                return found
-            end = self._held.find(self._closes, start)
-            if start:
-                found.append(self._held[:start])
-                self._held = self._held[start:]
-            if end < 0:
-                return found
-            end -= start
-            whole = end + len(self._closes)
-            found.append(self._read(self._held[len(self._opens) : end]) or self._held[:whole])
-            self._held = self._held[whole:]
-
-    def rest(self) -> list[Part]:
-        held, self._held = self._held, ""
-        return [held] if held else []
-
-
-class Whole:
-    """An answer that is nothing but calls; any other one is text from its first letter on."""
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._is_text = False
-
-    def feed(self, text: str) -> list[Part]:
-        self._held += text
-        begun = self._held.lstrip().removeprefix(_PYTHON).lstrip()
-        if not self._is_text and (not begun or begun.startswith("{") or _PYTHON.startswith(begun)):
-            return []
-        self._is_text = True
-        held, self._held = self._held, ""
-        return [held] if held else []
-
-    def rest(self) -> list[Part]:
-        held, self._held = self._held, ""
-        found: list[Part] = []
-        left = held.strip().removeprefix(_PYTHON).strip()
-        try:
-            while left:
-                value, end = json.JSONDecoder().raw_decode(left)
-                call = _call(value, "parameters") or _call(value, "arguments")
-                if call is None:
-                    break
-                found.append(call)
-                left = left[end:].lstrip(" \n;,")
-        except (ValueError, RecursionError):
-            pass
-        if left or not found:
-            return [held] if held else []
-        return found
-
-
-_PYTHON = "<|python_tag|>"
-
-
-def _call(value: object, field: str) -> ToolCall | None:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    if field != "arguments" and field not in value:
-        return None
-    return _with(value["name"], value.get(field, {}))
-
-
-def _with(name: str, arguments: object) -> ToolCall | None:
-    if isinstance(arguments, str):  # some models write the object as a text
-        arguments = _json(arguments)
-    if not name or not isinstance(arguments, dict):
-        return None
-    return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
-
-
-def _json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _hermes(block: str) -> ToolCall | None:
-    return _call(_json(block), "arguments")
-
-
-_FENCED = re.compile(r"\s*```json\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
-
-
-def _deepseek(block: str) -> ToolCall | None:
-    first, mark, rest = block.partition(_SEPARATOR)
-    if not mark:
-        return None
-    if first.strip() != "function":
-        return _with(first.strip(), rest)
-    name, _, body = rest.partition("\n")
-    fenced = _FENCED.fullmatch(body)
-    return _with(name.strip(), fenced[1]) if fenced else None
-
-
-def _kimi(block: str) -> ToolCall | None:
-    head, _, arguments = block.partition("<|tool_call_argument_begin|>")
-    named = re.fullmatch(r"\s*functions\.(.+):\d+\s*", head)
-    return _with(named[1], arguments) if named else None
-
-
-_SEPARATOR = "<\uff5ctool\u2581sep\uff5c>"
-_DEEPSEEK = ("<\uff5ctool\u2581call\u2581begin\uff5c>", "<\uff5ctool\u2581call\u2581end\uff5c>")
-_DEEPSEEK_FRAME = ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>")
-_KIMI = ("<|tool_call_begin|>", "<|tool_call_end|>")
-_KIMI_FRAME = ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")
+    reader: Callable[[Tools], Reader]
+    marks: tuple[str, ...] = ()
+    arrange: Callable[[Sequence[Message]], list[Message]] = list
+    thoughts: bool = False  # whether its reader finds these, too
 
 
 def format_of(template: str | None) -> Format | None:
     """The format that a chat template asks for calls in; None where it is none of these."""
     if template is None:
         return None
+    if "<|channel|>" in template and "<|message|>" in template:
+        return Format(lambda _: harmony.Harmony(), harmony.MARKS, harmony.arrange, thoughts=True)
     if _DEEPSEEK[0] in template:
-        return Format(lambda: Marked(*_DEEPSEEK, _deepseek, _DEEPSEEK_FRAME), special=True)
-    if _KIMI[0] in template:
-        return Format(lambda: Marked(*_KIMI, _kimi, _KIMI_FRAME), special=True)
-    if "<tool_call>" in template:  # others write something else between the same marks
-        other = "<function=" in template or "arg_key" in template
-        return (
-            None if other else Format(lambda: Marked("<tool_call>", "</tool_call>", _hermes), special=False)
+        return Format(
+            lambda _: Marked(*_DEEPSEEK, _deepseek, _DEEPSEEK_FRAME),
+            (*_DEEPSEEK, *_DEEPSEEK_FRAME, _SEPARATOR),
         )
+    if _KIMI[0] in template:
+        return Format(
+            lambda _: Marked(*_KIMI, _kimi, _KIMI_FRAME),
+            (*_KIMI, *_KIMI_FRAME, _KIMI_ARGUMENTS),
+            ids_of_kimi,
+        )
+    if _NEMOTRON[0] in template:
+        return Format(lambda _: Marked(*_NEMOTRON, _listed), _NEMOTRON)
+    if _MISTRAL in template:
+        return Format(lambda _: Marked(_MISTRAL, None, _mistral), (_MISTRAL, "[ARGS]"), ids_of_mistral)
+    if _LFM[0] in template or "<|tool_list_start|>" in template:
+        return Format(lambda _: Marked(*_LFM, _lfm), _LFM)
+    if _OLMO[0] in template:
+        return Format(lambda _: Marked(*_OLMO, pythonic), _OLMO)
+    if "<function=" in template:
+        return Format(lambda tools: Marked("<function=", "</function>", _Coder(tools), _CALL), _CALL)
+    if "<tool_call>" in template:
+        if "<arg_key>" in template:
+            return Format(
+                lambda tools: Marked(*_CALL, _Glm(tools)),
+                (*_CALL, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+            )
+        return Format(lambda _: Marked(*_CALL, _hermes), _CALL)
     if '"parameters":' in template and "<|start_header_id|>" in template:
-        return Format(Whole, special=False)
+        return Format(lambda _: Whole(), ("<|python_tag|>",))
     return None
 
 
-def beginning(text: str, marks: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` may be the beginning of one of `marks`."""
-    most = 0
-    for mark in marks:
-        for length in range(min(len(mark) - 1, len(text)), most, -1):
-            if text.endswith(mark[:length]):
-                most = length
-                break
-    return most
+_CALL = ("<tool_call>", "</tool_call>")
+_SEPARATOR = "<\uff5ctool\u2581sep\uff5c>"
+_DEEPSEEK = ("<\uff5ctool\u2581call\u2581begin\uff5c>", "<\uff5ctool\u2581call\u2581end\uff5c>")
+_DEEPSEEK_FRAME = ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>")
+_KIMI = ("<|tool_call_begin|>", "<|tool_call_end|>")
+_KIMI_FRAME = ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")
+_KIMI_ARGUMENTS = "<|tool_call_argument_begin|>"
+_NEMOTRON = ("<TOOLCALL>", "</TOOLCALL>")
+_MISTRAL = "[TOOL_CALLS]"
+_LFM = ("<|tool_call_start|>", "<|tool_call_end|>")
+_OLMO = ("<function_calls>", "</function_calls>")
+
+
+def _one(call: ToolCall | None) -> list[ToolCall] | None:
+    return None if call is None else [call]
+
+
+def _of_json(value: object) -> ToolCall | None:
+    return call_of(value.get("name"), value.get("arguments", {})) if isinstance(value, dict) else None
+
+
+def _hermes(block: str) -> list[ToolCall] | None:
+    return _one(_of_json(parsed(block)))
+
+
+def _listed(block: str) -> list[ToolCall] | None:
+    values = parsed(block)
+    calls = [_of_json(value) for value in (values if isinstance(values, list) else [values])]
+    found = [call for call in calls if call is not None]
+    return found if len(found) == len(calls) else None
+
+
+_FENCED = re.compile(r"\s*```json\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
+
+
+def _deepseek(block: str) -> list[ToolCall] | None:
+    first, mark, rest = block.partition(_SEPARATOR)
+    if not mark:
+        return None
+    if first.strip() != "function":
+        return _one(call_of(first.strip(), rest))
+    name, _, body = rest.partition("\n")
+    fenced = _FENCED.fullmatch(body)
+    return _one(call_of(name.strip(), fenced[1])) if fenced else None
+
+
+def _kimi(block: str) -> list[ToolCall] | None:
+    head, _, arguments = block.partition(_KIMI_ARGUMENTS)
+    named = re.fullmatch(r"\s*functions\.(.+):\d+\s*", head)
+    return _one(call_of(named[1], arguments)) if named else None
+
+
+def _mistral(block: str) -> list[ToolCall] | None:
+    name, mark, arguments = block.partition("[ARGS]")
+    return _one(call_of(name.strip(), arguments)) if mark else _listed(block)
+
+
+def _lfm(block: str) -> list[ToolCall] | None:
+    return _listed(block) or pythonic(block)
+
+
+_END = re.compile(r"\s*\Z")
+
+
+class _Coder:
+    """`NAME>` and its parameters, each between <parameter=NAME> and </parameter>, on lines of its own."""
+
+    _PARAMETER = re.compile(
+        r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|$))", re.DOTALL
+    )
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+
+    def __call__(self, block: str) -> list[ToolCall] | None:
+        name, mark, body = block.partition(">")
+        if not mark:
+            return None
+        schemas, arguments, at = self._tools.get(name.strip(), {}), {}, 0
+        while not _END.match(body, at):
+            found = self._PARAMETER.match(body, at)
+            if found is None:
+                return None
+            key = found[1].strip()
+            arguments[key] = typed(found[2], schemas.get(key), unknown=False)
+            at = found.end()
+        return _one(call_of(name.strip(), arguments))
+
+
+class _Glm:
+    """NAME and pairs of <arg_key> and <arg_value>: texts as they are, everything else as JSON."""
+
+    _PAIR = re.compile(
+        r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|$))", re.DOTALL
+    )
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+
+    def __call__(self, block: str) -> list[ToolCall] | None:
+        start = block.find("<arg_key>")
+        name = block[: start if start >= 0 else len(block)].strip()
+        schemas, arguments, at = self._tools.get(name, {}), {}, len(block) if start < 0 else start
+        while not _END.match(block, at):
+            found = self._PAIR.match(block, at)
+            if found is None:
+                return None
+            key = found[1].strip()
+            arguments[key] = typed(found[2], schemas.get(key), unknown=True)
+            at = found.end()
+        return None if "\n" in name or name.startswith("{") else _one(call_of(name, arguments))
