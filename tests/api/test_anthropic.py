@@ -96,6 +96,18 @@ def test_a_stream_has_its_events_in_order(client: anthropic.Anthropic, weights: 
         assert stream.get_final_message().content[0].text == text
 
 
+def test_models_are_listed_in_anthropics_words(server: Server, client: anthropic.Anthropic) -> None:
+    for each in (client, anthropic.Anthropic(base_url=f"{server.url}/anthropic/api", api_key=KEY)):
+        [model] = each.models.list()
+        assert (model.id, model.type, model.lifecycle) == (MODEL, "model", "active")
+        assert each.models.retrieve(MODEL) == model
+        assert list(each.models.list(after_id=MODEL)) == []
+    with pytest.raises(anthropic.BadRequestError, match="after_id: there is no model"):
+        client.models.list(after_id="x")
+    with pytest.raises(anthropic.NotFoundError):
+        client.models.retrieve("nobody/knows")
+
+
 def test_an_answer_that_has_begun_goes_on(client: anthropic.Anthropic, tokenizer: Any) -> None:
     begun = [*ASK, {"role": "assistant", "content": "well"}]
     count = client.messages.count_tokens(model=MODEL, messages=begun).input_tokens

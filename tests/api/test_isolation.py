@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from tests.api.probes import NAMELESS, PROBES, Prober, Things, things_of
 from tests.harness import Server
-from tinsmith.api import anthropic, openai
+from tinsmith.api import anthropic, models, openai
 from tinsmith.api.app import _ROUTES
 from tinsmith.api.door_operations import DOORS
 from tinsmith.api.openapi import path_of
@@ -26,7 +26,7 @@ MARK = "of-theirs-41c9"
 def routes() -> dict[tuple[str, str], Route]:
     """By method and path; of a door's addresses, the one below /v1."""
     found: dict[tuple[str, str], Route] = {}
-    for route in (*_ROUTES, *openai.ROUTES, *anthropic.ROUTES):
+    for route in (*_ROUTES, *models.ROUTES, *openai.ROUTES, *anthropic.ROUTES):
         path = re.sub(r"^(/services/tinker-prod)?/(oai|anthropic)/api/v1/", "/v1/", route.path)
         for method in (route.methods or set()) - {"HEAD"}:
             same = found.setdefault((method, path.removeprefix("/api/v1/")), route)

@@ -10,13 +10,13 @@ import pytest
 from starlette.routing import Route
 
 from tests.harness import Server
-from tinsmith.api import anthropic, openai
+from tinsmith.api import anthropic, models, openai
 from tinsmith.api.app import _ROUTES
 from tinsmith.api.door_operations import DOORS
 from tinsmith.api.openapi import DOOR, ROOT, make_document, path_of
 from tinsmith.api.operations import OPERATIONS
 
-ROUTES = [*_ROUTES, *openai.ROUTES, *anthropic.ROUTES]
+ROUTES = [*_ROUTES, *models.ROUTES, *openai.ROUTES, *anthropic.ROUTES]
 DOCUMENT = make_document(ROUTES)
 
 

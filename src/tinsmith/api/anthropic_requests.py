@@ -34,6 +34,7 @@ class MessagesRequest:
     def read(cls, fields: Fields, *, count: bool = False) -> MessagesRequest:
         """With `count`, a request that only has its tokens counted."""
         refuse_unknown(fields, _PROMPT if count else _PROMPT | _SAMPLING, "/v1/messages")
+        _check_labels(fields)
         refuse_unless(fields, "service_tier", "auto", "standard_only")
         refuse_unless(fields, "speed", "standard")
         chat = Chat(thinking=_read_thinking(fields))
@@ -74,6 +75,14 @@ class MessagesRequest:
             top_k=self.top_k,
             stop=self.stop,
         )
+
+
+def _check_labels(fields: Fields) -> None:
+    """What says who asks, and where a prefix ends that shall be cached, which every one is."""
+    if (metadata := fields.optional_child("metadata")) is not None:
+        refuse_unknown(metadata, {"user_id"}, "metadata")
+        metadata.optional_text("user_id")
+    fields.optional_child("cache_control")
 
 
 def _read_thinking(fields: Fields) -> bool:

@@ -20,6 +20,7 @@ from . import (
     checkpoints,
     external,
     futures,
+    models,
     openai,
     openapi,
     sampling,
@@ -143,7 +144,7 @@ async def _http_error(_request: Request, error: Exception) -> Response:
 def make_app(service: Service, root_path: str = "", tracer: Tracer | None = None) -> Starlette:
     """The ASGI application of one service, which the caller starts and stops. With a `root_path` it
     answers below that too, so that it does not matter whether the proxy in front strips it."""
-    routes = [*_ROUTES, *openai.ROUTES, *anthropic.ROUTES]
+    routes = [*_ROUTES, *models.ROUTES, *openai.ROUTES, *anthropic.ROUTES]
     below = [Mount(root_path, routes=routes)] if root_path.strip("/") else []
     app = Starlette(
         routes=[*routes, *below],

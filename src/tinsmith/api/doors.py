@@ -84,6 +84,8 @@ def describe(error: Exception, encode: Encode) -> tuple[int, dict[str, object], 
     if isinstance(error, WireError):
         field = "model" if error.field == "model_path" else error.field
         return 400, encode(400, f"{field}: {error.problem}", field, error), headers
+    if isinstance(error, RecursionError):
+        return 400, encode(400, "body: is nested too deeply", None, error), headers
     if isinstance(error, ClientDisconnect):
         return 400, encode(400, "the client has gone", None, error), headers
     return 500, encode(500, "the server failed; its log says why", None, error), headers

@@ -76,22 +76,6 @@ def _event(content: object) -> bytes:
     return f"data: {dump(content)}\n\n".encode()
 
 
-async def models(call: Call) -> Response:
-    return json_response(
-        {"object": "list", "data": [_model(m.name) for m in call.service.completions.models()]}
-    )
-
-
-async def model(call: Call) -> Response:
-    name = call.path("model")
-    await call.service.completions.target(call.caller, name)
-    return json_response(_model(name))
-
-
-def _model(name: str) -> dict[str, object]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "tinsmith"}
-
-
 # Completions
 
 
@@ -284,8 +268,6 @@ def _paths(path: str) -> list[str]:
 
 
 ROUTES = [
-    *door(_paths("models"), models, encode_error, method="GET", counted=True),
-    *door(_paths("models/{model:anything}"), model, encode_error, method="GET", counted=True),
     *door(_paths("completions"), completions, encode_error, counted=False),
     *door(_paths("chat/completions"), chat_completions, encode_error, counted=False),
 ]

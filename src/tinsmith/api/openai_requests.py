@@ -59,6 +59,7 @@ def _read(fields: Fields, max_tokens: int | None, logprobs: int | None) -> dict[
     for name in ("frequency_penalty", "presence_penalty"):
         refuse_unless(fields, name, 0)
     refuse_unless(fields, "logit_bias", {})
+    _check_labels(fields)
     stream = fields.flag("stream", False)
     options = fields.optional_child("stream_options")
     if options is not None:
@@ -80,6 +81,12 @@ def _read(fields: Fields, max_tokens: int | None, logprobs: int | None) -> dict[
         "include_usage": options is not None and options.flag("include_usage", False),
         "logprobs": logprobs,
     }
+
+
+def _check_labels(fields: Fields) -> None:
+    for name in _LABELS - {"metadata"}:
+        fields.optional_text(name)
+    fields.text_metadata("metadata")
 
 
 @dataclass(frozen=True, slots=True)

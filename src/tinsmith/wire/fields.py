@@ -196,4 +196,6 @@ def _show(value: object) -> str:
         text = json.dumps(value)
     except (TypeError, ValueError):
         text = repr(value)
+    except RecursionError:
+        text = "what is nested as deeply"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
