@@ -151,7 +151,7 @@ def test_thoughts_are_blocks_where_they_are_asked_for(client: anthropic.Anthropi
     assert [block.type for block in streamed.content] == ["thinking", "text"]
     assert streamed.content[0].thinking == thought.thinking
     after = [*wanted["messages"], {"role": "assistant", "content": [thought, said]}, *ASK]
-    assert say(client, **{**wanted, "messages": after, "max_tokens": 4}).usage.output_tokens == 4
+    assert say(client, **{**wanted, "messages": after, "max_tokens": 4}).usage.input_tokens > len(RIDDLE)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,12 @@ def test_a_chat_ends_with_the_context_where_nothing_is_said(client: openai.OpenA
     assert answer.usage.completion_tokens > 16 or answer.choices[0].finish_reason == "stop"
 
 
+def test_the_coldest_temperature_is_greedy(client: openai.OpenAI) -> None:
+    cold, greedy = (chat(client, temperature=t, logprobs=True).choices[0] for t in (1e-40, 0))
+    assert cold.message == greedy.message
+    assert {token.logprob for token in cold.logprobs.content} == {0.0}
+
+
 def test_tools_are_called(client: openai.OpenAI, weights: str) -> None:
     for model in (weights, f"{MODEL};{weights}"):
         wanted = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
@@ -210,7 +216,7 @@ def test_thoughts_are_told_apart(client: openai.OpenAI, weights: str) -> None:
     assert chat(client, **wanted, max_tokens=60, extra_body=raw).choices[0].message.content == THOUGHT
     # Thoughts are told to the template again, and no effort is thinking turned off.
     after = [*wanted["messages"], message, {"role": "user", "content": "more"}]
-    assert chat(client, **{**wanted, "messages": after}, max_tokens=4).usage.completion_tokens == 4
+    assert chat(client, **{**wanted, "messages": after}, max_tokens=4).usage.completion_tokens
     off = chat(client, **wanted, max_tokens=4, reasoning_effort="none").usage.prompt_tokens
     assert off == chat(client, **wanted, max_tokens=4).usage.prompt_tokens
 
@@ -276,6 +282,9 @@ def test_errors_have_the_shape_that_the_client_knows(server: Server, client: ope
     with pytest.raises(openai.NotFoundError) as odd:
         client.models.retrieve("a\nname")
     assert odd.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError) as nothing:
+        client.embeddings.create(model=MODEL, input="x")
+    assert nothing.value.code == "unknown_url"
     with pytest.raises(openai.BadRequestError):
         complete(client, prompt=[100000])
     with pytest.raises(openai.BadRequestError):

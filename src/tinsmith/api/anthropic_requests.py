@@ -42,9 +42,10 @@ class MessagesRequest:
             refuse_unknown(output, {"effort"}, "output_config")
             chat.effort = read_effort(output, "effort")
         tools = _read_tools(fields) if fields.has("tools") else []
-        choice = fields.optional_child("tool_choice") or Fields({})
-        refuse_unknown(choice, {"type", "disable_parallel_tool_use"}, "tool_choice of that type")
-        refuse_unless(choice, "type", "auto", "none")
+        choice = fields.optional_child("tool_choice") or Fields({"type": "auto"}, "tool_choice")
+        if choice.text("type") not in ("auto", "none"):
+            raise choice.error("type", "cannot be honoured by this server; set it to 'auto' or 'none'")
+        refuse_unknown(choice, {"type", "disable_parallel_tool_use"}, "tool_choice")
         if choice.raw("type") != "none":
             chat.tools = tools
         chat.messages += _read_system(fields)

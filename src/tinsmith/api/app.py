@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 
-from tinsmith.service.errors import Unauthorized
+from tinsmith.service.errors import NotFound, ServiceError, Unauthorized
 from tinsmith.service.service import Service
 
 from . import (
@@ -28,6 +28,7 @@ from . import (
     sessions,
     training,
 )
+from .doors import door_error
 from .http import authenticate, error_response, route, service_error, signed_route
 from .observe import Observe, Tracer
 
@@ -129,11 +130,13 @@ _ROUTES = [
 
 async def _not_found(request: Request, _error: Exception) -> Response:
     """Even what there is not is told to callers with a key alone."""
+    encode = models.words_for(request)
+    wrong: ServiceError = NotFound(f"this server has no {request.method} {request.url.path}")
     try:
         await authenticate(request)
     except Unauthorized as error:
-        return service_error(error)
-    return error_response(f"this server has no {request.method} {request.url.path}", 404)
+        wrong = error
+    return service_error(wrong) if encode is None else door_error(wrong, encode)
 
 
 async def _http_error(_request: Request, error: Exception) -> Response:

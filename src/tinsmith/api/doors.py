@@ -60,12 +60,17 @@ def door(
                 service.context.limits.check_call(caller.who)
             return await endpoint(Call(request, service, caller))
         except Exception as error:
-            status, body, headers = describe(error, encode)
-            if status == 500:
+            answer = door_error(error, encode)
+            if answer.status_code == 500:
                 log.exception("%s %s failed", request.method, request.url.path)
-            return Response(json.dumps(body), status, headers, media_type="application/json")
+            return answer
 
     return [Route(path, handle, methods=[method]) for path in paths]
+
+
+def door_error(error: Exception, encode: Encode) -> Response:
+    status, body, headers = describe(error, encode)
+    return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
 def describe(error: Exception, encode: Encode) -> tuple[int, dict[str, object], dict[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -9,7 +11,7 @@ from starlette.routing import Route
 from tinsmith.service.errors import Refused
 
 from . import anthropic, openai
-from .doors import HOSTED, door
+from .doors import HOSTED, Encode, door
 from .http import Call, Endpoint, json_response
 
 _EPOCH = "1970-01-01T00:00:00Z"  # what Anthropic says where a date is not known
@@ -79,14 +81,23 @@ def _anthropic_model(call: Call, name: str) -> dict[str, object]:
     }
 
 
+def words_for(request: Request) -> Encode | None:
+    """How errors are told to whoever asks, by its header or by the address; None where that is no door's."""
+    path = request.url.path
+    if not re.search("/(oai|anthropic)/api/v1/|^/v1/", path):
+        return None
+    theirs = "anthropic-version" in request.headers or "/anthropic/api/v1/" in path
+    return anthropic.encode_error if theirs else openai.encode_error
+
+
 def _routes(path: str, of_openai: Endpoint, of_anthropic: Endpoint) -> list[Route]:
     """One endpoint at every address."""
     [one] = door(["/"], of_openai, openai.encode_error, method="GET", counted=True)
     [other] = door(["/"], of_anthropic, anthropic.encode_error, method="GET", counted=True)
 
     async def handle(request: Request) -> Response:
-        theirs = "anthropic-version" in request.headers or "/anthropic/api/v1/" in request.url.path
-        answer: Response = await (other if theirs else one).endpoint(request)
+        asked = other if words_for(request) is anthropic.encode_error else one
+        answer: Response = await asked.endpoint(request)
         return answer
 
     roots = [f"{hosted}/{client}/api/v1" for client in ("oai", "anthropic") for hosted in ("", HOSTED)]

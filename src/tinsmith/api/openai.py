@@ -25,6 +25,7 @@ _TYPES = {
     402: ("insufficient_quota", "insufficient_quota"),
     403: ("permission_error", None),
     404: ("invalid_request_error", "model_not_found"),
+    410: ("invalid_request_error", "model_not_found"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
 }
@@ -32,6 +33,8 @@ _TYPES = {
 
 def encode_error(status: int, text: str, field: str | None, error: Exception | None) -> dict[str, object]:
     kind, code = _TYPES.get(status, ("server_error", None))
+    if status == 404 and field != "model":
+        code = "unknown_url"
     more = error.reached.fields() if isinstance(error, errors.Limited) else {}
     told = {"message": text, "type": kind, "param": field, "code": code, **more}
     return {"error": told, "detail": text}

@@ -40,6 +40,7 @@ from .sessions import Sessions
 log = logging.getLogger("tinsmith.service.sampling")
 
 _KEPT_BYTES = 256 * 2**20  # results of samples in memory, beyond which the oldest fetched ones go
+_COLDEST = 1e-30  # a temperature that is greedy already; logits by still lower ones leave fp32
 _CLONE = 1_000_000_000  # a clone's seq_ids start at a multiple of this
 
 
@@ -196,7 +197,7 @@ class Sampling:
                 params=SampleParams(
                     seed=request.seed if request.seed is not None else secrets.randbits(63),
                     max_tokens=request.max_tokens,
-                    temperature=request.temperature,
+                    temperature=request.temperature and max(request.temperature, _COLDEST),
                     top_k=request.top_k,
                     top_p=request.top_p,
                     stop=request.stop,
