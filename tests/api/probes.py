@@ -453,7 +453,7 @@ PROBES: dict[tuple[str, str], dict[str, Probe]] = {
         "project": _get("billing/usage/checkpoints/current", project_id="{project}")
     },
     # Other doors
-    ("GET", "/v1/models/{model:path}"): {
+    ("GET", "/v1/models/{model:anything}"): {
         "weights": _door_model("{weights}"),
         "state": _door_model("{state}"),
         "both": _door_model(f"{MODEL};{{weights}}"),

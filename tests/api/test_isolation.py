@@ -146,7 +146,7 @@ VIEWER: dict[str, set[str] | None] = {
     "GET training_runs/{run_id}/checkpoints": EVERY,
     "POST checkpoints/search": EVERY,
     "GET training_runs/{run_id}/checkpoints/{checkpoint_id:path}/external_weights_urls": {"external_weights"},
-    "GET /v1/models/{model:path}": EVERY,
+    "GET /v1/models/{model:anything}": EVERY,
     "POST /v1/completions": EVERY,
 }
 SAMPLER: dict[str, set[str] | None] = {
@@ -155,7 +155,7 @@ SAMPLER: dict[str, set[str] | None] = {
     "POST asample": {"weights"},
     "POST external_weights_upload_start": EVERY,
     "POST copy_weights": {"project", "project's name"},
-    "GET /v1/models/{model:path}": {"weights", "both"},
+    "GET /v1/models/{model:anything}": {"weights", "both"},
     "POST /v1/completions": {"a path", "both", "streamed"},
     "POST /v1/chat/completions": {"a path", "both"},
     "POST /v1/messages": {"a path", "both"},
@@ -170,7 +170,7 @@ PUBLISHED: dict[str, set[str] | None] = {
     "POST copy_weights": {"source", "source into a session"},
     "POST checkpoints/search": {"metadata"},  # the copy, which is one's own
     "GET training_runs/{run_id}/checkpoints/{checkpoint_id:path}/external_weights_urls": {"external_weights"},
-    "GET /v1/models/{model:path}": EVERY,
+    "GET /v1/models/{model:anything}": EVERY,
     "POST /v1/completions": EVERY,
     "POST /v1/chat/completions": EVERY,
     "POST /v1/messages": EVERY,
