@@ -169,7 +169,11 @@ class TestContent:
             ({"inputs": [{"weights": [np.nan] * 4}]}, r"\['weights'\] contains NaN"),
             ({"inputs": [{"weights": [1.0] * 3}]}, r"\['weights'\] has shape \[3\]; it must have that of"),
             ({"inputs": [{"advantages": [1.0] * 4}]}, r"\['advantages'\] is not known to cross_entropy"),
-            ({"loss_fn": "importance_sampling"}, "lacks 'logprobs', which importance_sampling needs"),
+            ({"inputs": [{"a": [1.0] * 4, "b": [1.0] * 4}]}, r"\['a', 'b'\] is not known to cross_entropy"),
+            (
+                {"loss_fn": "importance_sampling"},
+                "lacks 'logprobs', 'advantages', which importance_sampling needs",
+            ),
             ({"sequences": [[1, 2, 600, 3, 4]]}, "contains token 600; the vocabulary"),
             ({"sequences": [[1, 2, 3, 4, 512]]}, r"\['target_tokens'\] contains 512"),
             ({"sequences": [[1] * 600]}, "has 599 tokens; the context of tests/qwen3 is 512"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,10 +81,12 @@ class Loss:
         return settings
 
     def check_targets(self, datum: Datum, where: str, vocab: int) -> Array:
-        """The targets, int64 (N,) or (N, K). Raises ContentError, also for spans that do not cover them."""
-        targets = datum.inputs.get("target_tokens")
-        if targets is None:
-            raise ContentError(f"{where}.loss_fn_inputs lacks 'target_tokens', which {self.name} needs")
+        """The targets, int64 (N,) or (N, K). Raises ContentError, also for spans that do not cover them, and
+        for inputs that are missing, all of them at once."""
+        lacking = [name for name in ("target_tokens", *self.required) if name not in datum.inputs]
+        if lacking:
+            raise ContentError(f"{where}.loss_fn_inputs lacks {listed(lacking)}, which {self.name} needs")
+        targets = datum.inputs["target_tokens"]
         length = datum.tokens.size
         if targets.dtype != np.int64:
             raise ContentError(f"{where}.loss_fn_inputs['target_tokens'] must be int64, not {targets.dtype}")
@@ -114,8 +116,6 @@ class Loss:
         for key in (*self.required, *self.optional, WEIGHTS):
             array = inputs.pop(key, None)
             if array is None:
-                if key in self.required:
-                    raise ContentError(f"{where}.loss_fn_inputs lacks {key!r}, which {self.name} needs")
                 continue
             if array.shape != targets.shape:
                 raise ContentError(
@@ -131,12 +131,16 @@ class Loss:
         if inputs:
             known = ", ".join(("target_tokens", *self.required, *self.optional, WEIGHTS))
             raise ContentError(
-                f"{where}.loss_fn_inputs[{next(iter(inputs))!r}] is not known to {self.name}; "
-                f"it takes: {known}"
+                f"{where}.loss_fn_inputs[{listed(sorted(inputs))}] is not known to {self.name};"
+                f" it takes: {known}"
             )
         if self.check_inputs is not None:
             self.check_inputs(checked, where)
         return targets, checked
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name[:80]) for name in names)
 
 
 def weighted(value: Tensor, inputs: Inputs) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.aside import Aside
-from tinsmith.engine.losses.base import Inputs, Loss
+from tinsmith.engine.losses.base import Inputs, Loss, listed
 from tinsmith.engine.losses.custom.graph import Program, read_program
 from tinsmith.engine.losses.custom.program import run
 from tinsmith.wire.training import Array, ContentError, Datum
@@ -33,13 +33,15 @@ class _CustomLoss(Loss):
         assert self.program is not None
         targets = self.check_targets(datum, where, vocab)
         inputs: dict[str, Array] = {}
+        keys = {name: "target_tokens" if name == "logprobs" else name for name, _ in self.program.inputs}
+        lacking = [key for key in keys.values() if key not in datum.inputs]
+        if lacking:
+            raise ContentError(
+                f"{where} has no loss_fn_inputs[{listed(lacking)}], which loss {self.program.name!r} takes"
+            )
         for name, rank in self.program.inputs:
-            key = "target_tokens" if name == "logprobs" else name
-            array = datum.inputs.get(key)
-            if array is None:
-                raise ContentError(
-                    f"{where} has no loss_fn_inputs[{key!r}], which loss {self.program.name!r} takes"
-                )
+            key = keys[name]
+            array = datum.inputs[key]
             if rank == 0 and array.size == 1:
                 array = array.reshape(())
             if array.ndim != rank:
