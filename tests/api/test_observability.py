@@ -117,6 +117,8 @@ def test_metrics_count_what_was_done(server: Server) -> None:
     assert everything == after["tinsmith_train_pass_seconds_count",]
     assert grown("tinsmith_http_requests_total", "method=POST", "route=asample", "status=200") == 1
     assert grown("tinsmith_http_request_seconds_count", "route=asample") == 1
+    kinds = {name[1] for name in after if name[0] == "tinsmith_tokens_total"}
+    assert kinds == {f"kind={kind}" for kind in ("train", "prefill", "cached_prefill", "sample")}
     assert after["tinsmith_ready",] == 1
     assert 0 <= after["tinsmith_cache_hit_ratio",] <= 1
     assert after["tinsmith_queue_depth", "queue=samples"] == 0
@@ -206,7 +208,7 @@ def status(server: Server, *words: str, key: str = KEY) -> subprocess.CompletedP
 def test_status_on_a_terminal(server: Server) -> None:
     work(server)
     shown = status(server, "--once").stdout
-    for part in ("ready", MODEL, "queues", "metered", "computed", "memory", "train_pass_seconds"):
+    for part in ("ready", MODEL, "queues", "metered", "computed", "memory", "train_pass   ", " ms of "):
         assert part in shown
     told = json.loads(status(server, "--once", "--json").stdout)
     assert told["ready"] is True
@@ -215,6 +217,42 @@ def test_status_on_a_terminal(server: Server) -> None:
     later["uptime_seconds"] += 2
     later["engine"]["tokens"]["train"] += 1000
     assert "train 500" in page(later, told)
+    narrow = page(later, told, 40).splitlines()
+    assert max(map(len, narrow)) <= 40
+    assert "          engine_commands 0" in narrow  # a figure stays beside its name
+
+
+def test_status_waits_for_a_server_that_goes_away(server: Server) -> None:
+    """What follows a server on a terminal follows it through its restarts."""
+    answers = [server.raw().get("status").content, None]
+
+    class Shy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = answers.pop(0) if len(answers) > 1 else answers[0]
+            if answer is None:
+                self.connection.close()
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Shy) as shy:
+        threading.Thread(target=shy.serve_forever, daemon=True).start()
+        command = [sys.executable, "-m", "tinsmith", "status", "--url", f"http://127.0.0.1:{shy.server_port}"]
+        following = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            assert following.stdout is not None
+            assert following.stderr is not None
+            assert "ready" in following.stdout.readline()
+            assert "cannot be reached" in (said := following.stderr.readline())
+            assert "tried again" in said
+            assert following.poll() is None
+        finally:
+            following.kill()
+            shy.shutdown()
 
 
 def test_status_says_what_is_wrong(server: Server) -> None:

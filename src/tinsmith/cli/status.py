@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
+import shutil
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +18,7 @@ from typing import Any
 from tinsmith.settings import SettingsError
 
 _CLEAR = "\x1b[H\x1b[J"
+_BLANK = "\u00a0"  # within what belongs on one line
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,18 +35,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _run(arguments: argparse.Namespace) -> int:
     url = arguments.url or os.environ.get("TINKER_BASE_URL") or "http://127.0.0.1:8000"
     key = arguments.key or os.environ.get("TINKER_API_KEY") or ""
+    terminal = sys.stdout.isatty()
+    clear = _CLEAR if terminal and not arguments.once else ""
     before: Mapping[str, Any] | None = None
     try:
         while True:
-            now = _ask(url, key)
-            if arguments.json:
-                print(json.dumps(now), flush=True)
+            try:
+                now = _ask(url, key)
+            except SettingsError as error:
+                if before is None:
+                    raise
+                print(f"{clear}tinsmith: {error}; it is tried again", file=sys.stderr, flush=True)
             else:
-                clear = "" if arguments.once or not sys.stdout.isatty() else _CLEAR
-                print(clear + page(now, before), flush=True)
-            if arguments.once:
-                return 0
-            before = now
+                if arguments.json:
+                    print(json.dumps(now), flush=True)
+                else:
+                    width = shutil.get_terminal_size().columns if terminal else None
+                    print(clear + page(now, before, width), flush=True)
+                if arguments.once:
+                    return 0
+                before = now
             time.sleep(2.0)
     except KeyboardInterrupt:
         return 0
@@ -58,9 +70,11 @@ def _ask(url: str, key: str) -> dict[str, Any]:
             return status
     except urllib.error.HTTPError as error:
         raise SettingsError(f"{address} answers {error.code}: {_detail(error)}") from None
-    except (urllib.error.URLError, TimeoutError) as error:
+    except OSError as error:
         raise SettingsError(f"{address} cannot be reached: {getattr(error, 'reason', error)}") from None
-    except ValueError:
+    except UnicodeEncodeError:
+        raise SettingsError("key: is no API key; they are plain ASCII") from None
+    except (ValueError, http.client.HTTPException):
         raise SettingsError(f"{address} is not the address of a Tinsmith server") from None
 
 
@@ -71,8 +85,20 @@ def _detail(error: urllib.error.HTTPError) -> str:
         return str(error.reason)
 
 
-def page(now: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
-    """The figures for the eye; with those of a moment before, what has happened since."""
+def page(now: Mapping[str, Any], before: Mapping[str, Any] | None = None, width: int | None = None) -> str:
+    """The figures for the eye; with those of a moment before, what has happened since. No line is longer
+    than `width`."""
+    lines = _lines(now, before)
+    if width is not None:
+        lines = [
+            line
+            for long in lines
+            for line in textwrap.wrap(long, width, subsequent_indent=" " * 10, break_on_hyphens=False)
+        ]
+    return "\n".join(lines).replace(_BLANK, " ")
+
+
+def _lines(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> list[str]:
     engine = now["engine"]
     state = "ready" if now["ready"] else "not ready"
     lines = [
@@ -84,7 +110,7 @@ def page(now: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str
         f"metered   {_counts(now['metered'])}",
     ]
     if not engine:
-        return "\n".join([*lines, "engine    has not answered"])
+        return [*lines, "engine    has not answered"]
     tokens = engine["tokens"]
     prompt = tokens["prefill"] + tokens["cached_prefill"]
     hits = f", {100 * tokens['cached_prefill'] / prompt:.1f}% of prompts from the cache" if prompt else ""
@@ -99,17 +125,20 @@ def page(now: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str
     for name, figures in engine["histograms"].items():
         count = sum(figures["counts"])
         if count:
-            lines.append(f"{name:20}  mean {figures['sum'] / count:.4f}  of {count}")
+            mean, unit = figures["sum"] / count, ""
+            if name.endswith("_seconds"):
+                mean, unit = 1000 * mean, " ms"
+            lines.append(f"{name.removesuffix('_seconds'):18}  mean {mean:.4g}{unit} of {count:,}")
     used, budget = engine["adapter_bytes"], engine["adapter_budget_bytes"]
     lines.append(
         f"memory    models {_bytes(engine['model_bytes'])}, adapters {_bytes(used)} of {_bytes(budget)},"
         f" cache {_bytes(engine['cache_used_bytes'])} of {_bytes(engine['cache_budget_bytes'])}"
     )
-    return "\n".join(lines)
+    return lines
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    return "  ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
+    return "  ".join(f"{name}{_BLANK}{count:,}" for name, count in counts.items()) or "none"
 
 
 def _span(seconds: float) -> str:

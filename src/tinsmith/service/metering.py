@@ -19,7 +19,7 @@ from tinsmith.store.ledger import HOUR, Entry, hour_of
 from tinsmith.store.scope import SERVER, Scope
 
 from .limits import Place, Who
-from .prices import KINDS, Kind, PriceTable, add, cost, plain
+from .prices import TOKEN_KINDS, Kind, PriceTable, add, cost, plain
 
 log = logging.getLogger("tinsmith.service.metering")
 
@@ -47,7 +47,7 @@ class Meter:
         self._owed: dict[Place, Decimal] = {}  # what is computed and not entered yet
         self._owed_by: dict[str, Decimal] = {}  # the same by session
         self._moved: dict[str, str] = {}  # session to project, where what it began before counts
-        self.totals: dict[Kind, int] = dict.fromkeys(KINDS, 0)  # since the start
+        self.totals: dict[str, int] = dict.fromkeys(TOKEN_KINDS, 0)  # since the start
 
     async def start(self) -> None:
         """To be called before anything is entered."""
@@ -101,7 +101,8 @@ class Meter:
         """These are in the ledger now."""
         self._turn_page()
         for entry in entries:
-            self.totals[cast(Kind, entry.kind)] += entry.quantity
+            if entry.kind in self.totals:
+                self.totals[entry.kind] += entry.quantity
             if entry.hour >= self._month:
                 self._add_to(self._spent, entry, entry_cost(entry) or ZERO)
 

@@ -62,7 +62,7 @@ def check_name(name: str, field: str = "path") -> str:
     if name.strip(". ") == "" or not _NAME.fullmatch(name):
         raise WireError(
             field,
-            f"{name[:60]!r} is no name for a checkpoint; use letters, digits and _ . - + = @ , : ~"
-            " (no slash)",
+            f"{name[:60]!r} is no name for a checkpoint; use letters, digits, blanks"
+            " and _ . - + = @ , : ~ (no slash)",
         )
     return name

@@ -134,7 +134,7 @@ class SaveWeights:
 
     @classmethod
     def read_state(cls, fields: Fields) -> SaveWeights:
-        if not isinstance(fields.raw("path"), str):
+        if fields.raw("path") is None:
             raise fields.error("path", "is missing; give the checkpoint a name")
         return cls._read(fields)
 
