@@ -124,6 +124,108 @@ def test_a_key_that_asks_for_a_little_again_and_again_gets_its_half() -> None:
     assert mine * step / now >= 0.45
 
 
+class Client:
+    """A device on which one key's flood of 128 rows never ends, and another key asks for `steps` steps of
+    four rows, and for as much again a moment after it has them. A step takes 1.4 ms, and 0.085 ms a row."""
+
+    GAP = 0.007  # seconds between an answer and the next request
+    LIMIT = 0.008  # seconds of a step
+
+    def __init__(self, weight: float, steps: int) -> None:
+        self.now, self.steps, self.costs = 0.0, steps, Costs()
+        self.shares = Shares(clock=lambda: self.now)
+        self.share = Share("a", weight)
+        self.flood = 0  # rows of it
+        self.shares.enter(B)
+
+    @property
+    def alone(self) -> float:
+        return self.steps * (0.0014 + 4 * 0.000085)
+
+    def run(self, requests: int) -> list[float]:
+        """Seconds of each request."""
+        found: list[float] = []
+        left, due = 0, 0.05
+        while len(found) < requests:
+            if not left and self.now >= due:
+                self.shares.enter(self.share)
+                left = self.steps
+            wanted = {"a": 4 if left else 0, "b": 128}
+            wanted = {key: rows for key, rows in wanted.items() if rows and self.shares.may(key)}
+            rows = self.shares.parts(self.costs.within(self.LIMIT), wanted)
+            whole = sum(rows.values())
+            took = 0.0014 + 0.000085 * whole
+            self.now += took
+            self.costs.observe(whole, took)
+            self.flood += rows.get("b", 0)
+            self.shares.charge(took, {k: self.costs.estimate(n, whole, took) for k, n in rows.items()})
+            if "a" in rows:
+                left -= 1
+                if not left:
+                    found.append(self.now - due)
+                    self.shares.leave("a")
+                    due = self.now + self.GAP
+        return found
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 33])
+@pytest.mark.parametrize("weight", [1, 3])
+def test_requests_of_any_length_are_no_slower_than_their_share(weight: int, steps: int) -> None:
+    """But for one step that had begun when they came, which later ones are made up for."""
+    client = Client(weight, steps)
+    took = client.run(60)[10:]
+    bound = (weight + 1) / weight * client.alone
+    assert sum(took) / len(took) <= max(bound, client.alone + client.LIMIT / 2)
+    assert max(took) <= bound + client.LIMIT
+
+
+@pytest.mark.parametrize("weight", [1, 3])
+def test_the_flood_has_its_own_part_meanwhile(weight: int) -> None:
+    client = Client(weight, 33)
+    client.run(60)
+    alone = 128 / (0.0014 + 128 * 0.000085)
+    assert client.flood / client.now >= 0.9 * alone / (weight + 1)
+
+
+def test_what_is_owed_for_a_step_is_taken_from_who_had_it() -> None:
+    """So that many short requests cannot make the one who asks, or the other, owed more and more."""
+    client = Client(1, 2)
+    client.run(200)
+    assert abs(sum(account.lacks for account in client.shares._accounts.values())) < 0.05
+
+
+def test_nobody_is_owed_a_step_that_was_over_before_the_other_came() -> None:
+    shares = Shares(clock=lambda: 0.0)
+    shares.enter(B)
+    shares.charge(1.0, {"b": 1.0})
+    shares.leave("b")
+    shares.enter(B)
+    shares.enter(A)
+    assert shares.may("a")
+    assert shares.may("b")
+
+
+def test_what_was_gained_is_not_saved_up() -> None:
+    """Two keys that ran together for long, to the gain of both, are even afterwards."""
+    shares = Shares(clock=lambda: 0.0)
+    shares.enter(A)
+    shares.enter(B)
+    for _ in range(1000):
+        shares.charge(0.01, {"a": 0.01, "b": 0.01})
+    shares.charge(0.01, {"b": 0.01})
+    assert shares.may("a")
+    assert not shares.may("b")
+
+
+def test_parts_of_a_step_are_by_weight_and_leave_nothing_unused() -> None:
+    shares = Shares()
+    for share in (Share("a", 3.0), B, Share("c")):
+        shares.enter(share)
+    assert shares.parts(80, {"a": 100, "b": 100}) == {"a": 60, "b": 20}
+    assert shares.parts(80, {"a": 4, "b": 100, "c": 100}) == {"a": 4, "b": 38, "c": 38}
+    assert shares.parts(1, {"a": 9, "b": 9}) == {"a": 1, "b": 1}
+
+
 def test_a_single_key_is_never_held_back() -> None:
     shares = Shares(clock=lambda: 0.0)
     for _ in range(3):
@@ -142,7 +244,47 @@ def test_costs_are_as_measured_and_at_least_in_proportion() -> None:
     assert costs.estimate(1, 2, 0.2) == pytest.approx(0.2)  # never more than the whole step
 
 
+def test_costs_between_two_sizes_lie_between_them() -> None:
+    costs = Costs()
+    costs.observe(16, 0.002)
+    costs.observe(64, 0.008)
+    assert costs.seconds(40) == pytest.approx(0.005)
+    assert costs.seconds(128) == pytest.approx(0.016)
+
+
+def test_a_disturbed_first_step_does_not_keep_steps_small() -> None:
+    costs = Costs()
+    costs.observe(20, 0.5)
+    costs.observe(4, 0.002)
+    rows = 0
+    for _ in range(20):
+        rows = costs.within(0.008)
+        costs.observe(rows, 0.0014 + 0.000085 * rows)
+    assert 60 <= rows <= 100
+
+
+def test_where_many_rows_take_as_long_as_few_steps_are_not_kept_small() -> None:
+    costs = Costs()
+    for rows in (1, 16, 256):
+        costs.observe(rows, 0.02 + 1e-5 * rows)
+    assert costs.within(0.008) >= 256
+
+
 class TestSampling:
+    def test_a_limited_step_takes_those_first_that_have_waited_longest(self, folder: Folder) -> None:
+        sampler = Sampler(load(folder("qwen3")), PLENTY, Shares())
+        sampler._costs.observe(16, 0.008)
+        for i in range(24):
+            sampler.shares.enter(B)
+            sampler.add(sample(f"b{i}", tokens(8, i), max_tokens=30, stop=(), share=B), None, lambda _: None)
+        sampler.step()  # by itself nobody is limited
+        assert [len(s.output) for s in sampler.running] == [1] * 24
+        for _ in range(3):
+            plan = sampler.scheduler.plan(512, 16)
+            assert len(plan) == 16
+            sampler._advance(plan)
+        assert [len(s.output) for s in sampler.running] == [3] * 24
+
     def flooded(self, folder: Folder, flood: int, share: Share = A) -> tuple[Sampler, list[Reply]]:
         """A sampler with many samples of one key, on which another one comes in last."""
         shares = Shares()
@@ -222,6 +364,11 @@ class TestSampling:
 
 
 class TestTraining:
+    @pytest.fixture
+    def even(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nobody lacks anything: what the decoding of a request takes here is not what is asked."""
+        monkeypatch.setattr(Shares, "charge", lambda *_: None)
+
     def engine(self, folder: Folder, tmp_path: Path) -> Engine:
         source = ModelSource("m", str(folder("qwen3")))
         return Engine(EngineConfig((source,), str(tmp_path), device="cpu", dtype="fp32", memory=1 << 30))
@@ -237,6 +384,7 @@ class TestTraining:
             engine.submit(ForwardBackward(run, seq_id, body, share=share), replies.append)
         return replies
 
+    @pytest.mark.usefixtures("even")
     def test_a_flood_of_many_runs_has_half_of_a_pass_and_no_more(
         self, folder: Folder, tmp_path: Path
     ) -> None:
@@ -250,6 +398,7 @@ class TestTraining:
             rows[job.key] += job.cuts[index].rows
         assert rows == {"a": 128, "b": 128}
 
+    @pytest.mark.usefixtures("even")
     def test_weights_count_in_a_pass(self, folder: Folder, tmp_path: Path) -> None:
         engine = self.engine(folder, tmp_path)
         heavy = Share("b", 2.0)

@@ -66,6 +66,7 @@ class SampledSequence:
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int | None = None  # where its recurrent layers' states are
+    advanced: int = 0  # a number that grows with every place in a step: that of its last one
     known: int = 0  # pages whose content has been made known
     content: bytes = b""
     long: bool = False  # whether what is in its pages was computed as of a long one, see rotations.py

@@ -47,6 +47,8 @@ class SampleScheduler:
         self.waiting: Waiting[SampledSequence] = Waiting(shares)
         self.running: list[SampledSequence] = []
         self._outgrown = outgrown
+        self._turns = 0  # places in steps that were given so far
+        self._gone = 0  # sequences that have left `running`
 
     # Admission
 
@@ -122,42 +124,68 @@ class SampleScheduler:
 
     # The plan of a step
 
-    def plan(self, budget: int) -> Plan:
+    def plan(self, budget: int, most: int | None = None) -> Plan:
         """This step's sequences and up to `budget` prompt tokens, all with their pages; the youngest make
-        room for the older."""
-        budgets = self._prefill_budgets(budget) if self.shares.several else {}
+        room for the older. Of more than `most` tokens in all each share key has its part, and of its
+        sequences those go first that have waited longest."""
+        may = {key: self.shares.may(key) for key in {s.key for s in self.running}}
+        running = [s for s in self.running if may[s.key]]
+        prompts = self._prefill_budgets(running, budget) if len(may) > 1 else {}
+        parts = self._parts(running, budget, most)
+        if parts:
+            running.sort(key=lambda s: s.advanced)
         plan: Plan = []
-        for sequence in list(self.running):
-            if sequence not in self.running:
+        gone = self._gone
+        for sequence in running:
+            if self._gone != gone and sequence not in self.running:
                 continue  # it has made room
             key = sequence.key
-            if not self.shares.may(key):
+            if parts and parts[key] <= 0:
                 continue
             if sequence.long != self._is_long(sequence):
                 self._begin_again(sequence)
-            missing = self._wanted(sequence)
-            count = missing if missing == 1 else min(missing, budget, budgets.get(key, budget))
-            if self.states is not None and count < missing:
-                continue
+            missing = count = self._wanted(sequence)
+            if missing > 1:
+                count = min(missing, budget, prompts.get(key, budget))
+            if self.states is not None:
+                if count < missing:
+                    continue  # taken whole or not at all, and so by itself at least
+            elif parts:
+                count = min(count, parts[key])
             if count == 0:
                 continue
             if not self._reserve(sequence, sequence.computed + count):
                 continue
             if missing > 1:
                 budget -= count
-                if key in budgets:
-                    budgets[key] -= count
+                if key in prompts:
+                    prompts[key] -= count
+            if parts:
+                parts[key] -= count
+            self._turns += 1
+            sequence.advanced = self._turns
             plan.append((sequence, count))
-        return [(s, n) for s, n in plan if s in self.running]
+        return plan if self._gone == gone else [(s, n) for s, n in plan if s in self.running]
 
-    def _prefill_budgets(self, budget: int) -> dict[str, int]:
+    def _prefill_budgets(self, running: list[SampledSequence], budget: int) -> dict[str, int]:
         """What each share key may prefill in this step. Recurrent layers take fixed chunks, whole or not at
         all; there the steps themselves are shared out alone."""
-        keys = {s.key for s in self.running if self._wanted(s) > 1 and self.shares.may(s.key)}
-        if len(keys) < 2 or self.states is not None:
+        if self.states is not None:
+            return {}
+        keys = {s.key for s in running if self._wanted(s) > 1}
+        if len(keys) < 2:
             return {}
         total = sum(self.shares.weight(key) for key in keys)
         return {key: max(1, int(budget * self.shares.weight(key) / total)) for key in keys}
+
+    def _parts(self, running: list[SampledSequence], budget: int, most: int | None) -> dict[str, int]:
+        """What each share key may compute in this step, prompts or not; nothing where all has room."""
+        if most is None:
+            return {}
+        wanted = Counter[str]()
+        for sequence in running:
+            wanted[sequence.key] += min(self._wanted(sequence), budget)
+        return self.shares.parts(most, wanted) if wanted.total() > most else {}
 
     def _wanted(self, sequence: SampledSequence) -> int:
         """How many of its next tokens a sequence would best compute in one step."""
@@ -207,6 +235,7 @@ class SampleScheduler:
         self.metrics.put_off += 1
         self._free(sequence)
         self.running.remove(sequence)
+        self._gone += 1
         self.waiting.appendleft(sequence)
 
     def _free(self, sequence: SampledSequence) -> None:
@@ -270,5 +299,6 @@ class SampleScheduler:
         sequence.request.live.remove(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
+            self._gone += 1
         elif sequence in self.waiting:
             self.waiting.remove(sequence)

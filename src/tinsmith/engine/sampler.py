@@ -51,6 +51,7 @@ from tinsmith.wire.training import ContentError
 log = logging.getLogger(__name__)
 
 LOGIT_ROWS = 256  # rows whose logits exist at a time
+STEP = 0.008  # seconds of a step while several share keys have work: what one that comes may have to wait for
 
 
 class Sampler:
@@ -160,7 +161,8 @@ class Sampler:
     def step(self) -> bool:
         """Advance everything once. True while there is more to do."""
         self.scheduler.admit()
-        plan = self.scheduler.plan(self._prefill_rows())
+        most = self._costs.within(STEP) if self.shares.contended else None
+        plan = self.scheduler.plan(self._prefill_rows(), most)
         self.stuck = not plan
         if plan:
             started = time.perf_counter()
