@@ -20,6 +20,17 @@ from tinsmith.engine.model.lora import Layout
 from tinsmith.engine.runs import State
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+# Settings of PEFT's LoraConfig with which the same matrices mean something else.
+_NOT_PLAIN = (
+    "use_dora", "use_rslora", "use_qalora", "use_bdlora", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "lora_bias", "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
+    "kasa_config", "monteclora_config", "velora_config",
+)  # fmt: skip
+_PLAIN: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva"),  # others change the base's weights, too
+}
 
 
 def import_adapter(source: str, path: str, model: BaseModel, spec: LoraSpec) -> dict[str, object]:
@@ -52,9 +63,16 @@ def _read_config(file: Path, model: BaseModel, spec: LoraSpec) -> float:
     alpha = config.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise FolderError(f"{CONFIG}: lora_alpha must be a number greater than 0, not {alpha!r}")
-    for name in ("use_dora", "use_rslora", "modules_to_save"):
+    for name in _NOT_PLAIN:
         if config.get(name):
             raise FolderError(f"{CONFIG}: {name} is set; only plain LoRA adapters are taken")
+    for name, plain in _PLAIN.items():
+        if config.get(name) not in (None, *plain):
+            shown = ", ".join(json.dumps(value) for value in plain)
+            raise FolderError(
+                f"{CONFIG}: {name} is {str(config[name])[:80]!r}; only plain LoRA adapters are taken,"
+                f" whose {name} is {shown}"
+            )
     own = config.get("tinsmith")
     if isinstance(own, dict) and own.get("fingerprint") not in (None, model.fingerprint):
         raise FolderError(
