@@ -13,6 +13,7 @@ from torch import Tensor
 from tests import families
 from tests.engine.tiny import load, make_run, threads, tokens
 from tinsmith.engine.kernels import linear
+from tinsmith.engine.kernels.attention import Chunks
 from tinsmith.engine.kv_cache import PagePool
 from tinsmith.engine.model.attention import pad_rows
 from tinsmith.engine.model.base import BaseModel
@@ -54,12 +55,13 @@ def step(
         ids += tokens(position + count, owner)[position:]
         places += range(position, position + count)
     rows, padding = len(ids), [0] * (pad_rows(len(ids)) - len(ids))
-    attention = PagedAttention(pool, chunks, rows + len(padding))
     packed = torch.tensor(ids + padding), torch.tensor(places + padding)
     with torch.inference_mode():
         if program is None:
+            attention = PagedAttention(pool, chunks, rows + len(padding))
             return model.hidden(*packed, Pass(segments, attention))[:rows]
-        return program.run(*packed, segments, attention, rows)[:rows].clone()
+        numbers = Chunks([(c.row, c.length, c.position, c.pages) for c in chunks])
+        return program.run(*packed, program.where(segments), pool, numbers, rows)[:rows].clone()
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral", "Olmo3", "Phi3", "Gemma3Text"])

@@ -97,6 +97,13 @@ def decodes(sequence: SampledSequence) -> bool:
     )
 
 
+def siblings(sequence: SampledSequence) -> range:
+    """The other samples of its request that begin with it, once its prompt is computed: their indices."""
+    if sequence.index or sequence.logprobs:
+        return range(0)
+    return range(1, sequence.request.command.num_samples)
+
+
 def piece(sequence: SampledSequence) -> Piece:
     """The newest token of a sequence."""
     ids, logprobs = sequence.topk[-1] if sequence.topk else ((), ())

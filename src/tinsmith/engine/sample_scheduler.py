@@ -17,7 +17,7 @@ from tinsmith.engine.kv_cache import PagePool, chain, root
 from tinsmith.engine.metrics import Metrics
 from tinsmith.engine.model.attention import PAGE
 from tinsmith.engine.model.base import BaseModel
-from tinsmith.engine.sample_requests import SampledSequence
+from tinsmith.engine.sample_requests import SampledSequence, siblings
 from tinsmith.engine.shares import Shares
 from tinsmith.engine.states import StatePool
 from tinsmith.engine.waiting import Waiting
@@ -46,6 +46,7 @@ class SampleScheduler:
         self.shares, self.metrics = shares, metrics
         self.waiting: Waiting[SampledSequence] = Waiting(shares)
         self.running: list[SampledSequence] = []
+        self.epoch = 0  # how often something was taken off a sequence that it had
         self._outgrown = outgrown
         self._turns = 0  # places in steps that were given so far
         self._gone = 0  # sequences that have left `running`
@@ -203,6 +204,7 @@ class SampleScheduler:
 
     def _begin_again(self, sequence: SampledSequence) -> None:
         """Compute all of a sequence again: it has become one whose tokens are rotated otherwise."""
+        self.epoch += 1
         for page in sequence.pages:
             self.pool.free(page)
         sequence.pages, sequence.computed = [], 0
@@ -239,6 +241,7 @@ class SampleScheduler:
         self.waiting.appendleft(sequence)
 
     def _free(self, sequence: SampledSequence) -> None:
+        self.epoch += 1
         for page in sequence.pages:
             self.pool.free(page)
         sequence.pages, sequence.computed, sequence.known = [], 0, 0
@@ -256,11 +259,9 @@ class SampleScheduler:
     def fork(self, sequence: SampledSequence) -> list[SampledSequence]:
         """The other samples of a request whose prompt has just been computed: they begin on its pages."""
         request = sequence.request
-        if sequence.index or sequence.logprobs or request.command.num_samples == 1:
-            return []
         full, rest = divmod(len(request.prompt), PAGE)
         made: list[SampledSequence] = []
-        for index in range(1, request.command.num_samples):
+        for index in siblings(sequence):
             sibling = SampledSequence(request, index, list(request.prompt))
             request.live.append(sibling)
             made.append(sibling)

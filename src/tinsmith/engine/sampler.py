@@ -30,6 +30,7 @@ from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
 from tinsmith.engine.model_runner import ModelRunner
 from tinsmith.engine.pace import Pace
+from tinsmith.engine.program import Draws
 from tinsmith.engine.prompt_scores import PromptScores
 from tinsmith.engine.runs import Answer
 from tinsmith.engine.sample_requests import (
@@ -41,7 +42,7 @@ from tinsmith.engine.sample_requests import (
     piece,
 )
 from tinsmith.engine.sample_scheduler import PREFILL_ROWS, RUNNING, Plan, SampleScheduler
-from tinsmith.engine.sampling import Drawn, StopCheck, sample, uniforms
+from tinsmith.engine.sampling import Drawn, StopCheck, likeliest, sample, uniforms
 from tinsmith.engine.shares import Costs, Shares
 from tinsmith.engine.states import StatePool
 from tinsmith.engine.waiting import Waiting
@@ -209,21 +210,24 @@ class Sampler:
                 self.scheduler.make_known(sequence)
             self._take(part, drawn)
             return
-        hidden, placed = self.runner.hidden(plan)
-        ready: list[tuple[SampledSequence, int]] = []
-        for sequence, row, count in placed:
+        step = self.runner.run(plan, self.scheduler.epoch)
+        hidden = step.hidden
+        assert hidden is not None
+        for sequence, row, count in step.placed:
             if sequence.index == 0 and not sequence.logprobs:
                 self._score_prompt(sequence, hidden, row, count)
             request = sequence.request
             of_prompt = min(sequence.computed + count, len(request.prompt)) - sequence.computed
-            self.metrics.tokens["prefill"] += max(of_prompt, 0)
+            if of_prompt > 0:
+                self.metrics.tokens["prefill"] += of_prompt
+                request.prefilled = max(request.prefilled, sequence.computed + of_prompt)
             sequence.computed += count
-            request.prefilled = max(request.prefilled, min(sequence.computed, len(request.prompt)))
             self.scheduler.make_known(sequence)
-            if sequence.computed == len(sequence.tokens):
-                ready.append((sequence, row + count - 1))
-        for at in range(0, len(ready), LOGIT_ROWS):
-            self._extend(ready[at : at + LOGIT_ROWS], hidden)
+        if step.draws is not None:
+            self._take(*self._drawn(step.ready, step.draws))
+            return
+        for at in range(0, len(step.ready), LOGIT_ROWS):
+            self._extend(step.ready[at : at + LOGIT_ROWS], hidden)
 
     def _score_prompt(self, sequence: SampledSequence, hidden: torch.Tensor, row: int, count: int) -> None:
         """What the request wants to know of its prompt and the rows [row, row + count) can tell."""
@@ -236,14 +240,7 @@ class Sampler:
 
     def _extend(self, ready: Sequence[tuple[SampledSequence, int]], hidden: torch.Tensor) -> None:
         """Sample the next token of every ready sequence, and the first one of its siblings."""
-        source: list[int] = []  # for each sequence, the row of `logits` that it samples from
-        members: list[SampledSequence] = []
-        for i, (sequence, _) in enumerate(ready):
-            members.append(sequence)
-            source.append(i)
-            for sibling in self.scheduler.fork(sequence):
-                members.append(sibling)
-                source.append(i)
+        members, source = self._with_siblings(ready)
         logits = self.runner.logits(hidden, [row for _, row in ready], [s.request.weights for s, _ in ready])
         for at in range(0, len(members), LOGIT_ROWS):
             part = members[at : at + LOGIT_ROWS]
@@ -256,6 +253,30 @@ class Sampler:
             params = [s.request.command.params for s in part]
             draws = uniforms([p.seed for p in params], [s.index for s in part], [len(s.tokens) for s in part])
             self._take(part, sample(own, params, draws, max(s.request.command.topk_sample for s in part)))
+
+    def _with_siblings(
+        self, ready: Sequence[tuple[SampledSequence, int]]
+    ) -> tuple[list[SampledSequence], list[int]]:
+        """Ready sequences, each with the siblings that begin now, and which of `ready` each belongs to."""
+        members: list[SampledSequence] = []
+        source: list[int] = []
+        for i, (sequence, _) in enumerate(ready):
+            made = [sequence, *self.scheduler.fork(sequence)]
+            members += made
+            source += [i] * len(made)
+        return members, source
+
+    def _drawn(
+        self, ready: Sequence[tuple[SampledSequence, int]], draws: Draws
+    ) -> tuple[list[SampledSequence], Drawn]:
+        """What the step itself has drawn, and for whom."""
+        members, _ = self._with_siblings(ready)
+        k = max(s.request.command.topk_sample for s in members)
+        shown = None
+        if k:
+            params = [s.request.command.params for s in members]
+            shown = likeliest(draws.logits[torch.from_numpy(draws.source)], params, k)
+        return members, Drawn(draws.tokens.tolist(), draws.logprobs.tolist(), shown)
 
     def _take(self, part: Sequence[SampledSequence], drawn: Drawn) -> None:
         """Each sequence's next token."""

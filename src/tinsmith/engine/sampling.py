@@ -29,12 +29,24 @@ def uniforms(seeds: Sequence[int], samples: Integers, positions: Integers) -> np
     SplitMix64 (Steele, Lea, Flood 2014) as a counter-based generator: no state to carry along, so a
     sequence that was put off and taken up again draws what it would have drawn.
     """
-    x = np.array([s & _MASK for s in seeds], dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for part in (samples, positions):
-            x = _mix(x + np.uint64(0x9E3779B97F4A7C15) * (np.asarray(part, dtype=np.uint64) + np.uint64(1)))
-        x = _mix(x)
-    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniforms_at(streams(seeds, samples), np.asarray(positions, dtype=np.uint64))
+
+
+def streams(seeds: Sequence[int], samples: Integers) -> npt.NDArray[np.uint64]:
+    """What of `uniforms` the positions have no part in."""
+    seeded = np.array([s & _MASK for s in seeds], dtype=np.uint64)
+    return _joined(seeded, np.asarray(samples, dtype=np.uint64))
+
+
+def uniforms_at(
+    streams: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.float64]:
+    """The numbers of streams at positions."""
+    return (_mix(_joined(streams, positions)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _joined(x: npt.NDArray[np.uint64], part: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    return _mix(x + np.uint64(0x9E3779B97F4A7C15) * (part + np.uint64(1)))  # arrays wrap around
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -69,19 +81,46 @@ def sample(logits: Tensor, params: Sequence[SampleParams], draws: npt.NDArray[np
 def _sample_by_kernel(
     logits: Tensor, params: Sequence[SampleParams], draws: npt.NDArray[np.float64], k: int
 ) -> Drawn:
+    soft = _softened(logits, params)
+    rules = Rules.of(params)
+    chosen = kernel.draw(soft, rules.drawn(draws), rules.top_k, rules.top_p)
+    logprobs = soft.gather(chosen[:, None])[:, 0]
+    return Drawn(chosen.tolist(), logprobs.tolist(), top(soft.table(), k) if k else None)
+
+
+def _softened(logits: Tensor, params: Sequence[SampleParams]) -> LogSoftmax:
     temperatures = [p.temperature for p in params]
     if any(t not in (0.0, 1.0) for t in temperatures):
         logits = scaled(logits, temperatures)
-    soft = LogSoftmax(logits)
-    u = np.where(np.array(temperatures) == 0, -1.0, draws)
-    chosen = kernel.draw(
-        soft,
-        u,
-        np.array([max(p.top_k, 0) for p in params], np.int64),
-        np.array([p.top_p for p in params], np.float64),
-    )
-    logprobs = soft.gather(chosen[:, None])[:, 0]
-    return Drawn(chosen.tolist(), logprobs.tolist(), top(soft.table(), k) if k else None)
+    return LogSoftmax(logits)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How each row is drawn, as the CPU kernels know it: top_k 0 cuts nothing."""
+
+    temperatures: npt.NDArray[np.float32]
+    top_k: npt.NDArray[np.int64]
+    top_p: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, params: Sequence[SampleParams]) -> Rules:
+        return cls(
+            np.array([p.temperature for p in params], np.float32),
+            np.array([max(p.top_k, 0) for p in params], np.int64),
+            np.array([p.top_p for p in params], np.float64),
+        )
+
+    def drawn(self, u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """u in [0, 1) where a row is drawn at random; -1 where it is greedy."""
+        return np.where(self.temperatures == 0, -1.0, u)
+
+
+def likeliest(
+    logits: Tensor, params: Sequence[SampleParams], k: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]] | None:
+    """As Drawn has them; None for k of 0. logits: [n, vocab] where the kernels of a CPU serve."""
+    return top(_softened(logits, params).table(), k) if k else None
 
 
 def _sample_on_gpu(
@@ -116,8 +155,8 @@ def _sample_on_gpu(
 
 def scaled(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     """fp32 logits at each row's temperature; greedy rows (0) stay at 1."""
-    t = torch.tensor([x or 1.0 for x in temperatures], device=logits.device)
-    return logits.float() / t.unsqueeze(1)
+    t = torch.tensor(temperatures, dtype=torch.float32, device=logits.device)
+    return logits.float() / torch.where(t == 0, 1.0, t).unsqueeze(1)
 
 
 def choose(logits: Tensor, params: Sequence[SampleParams], draws: npt.NDArray[np.float64]) -> list[int]:
@@ -127,8 +166,8 @@ def choose(logits: Tensor, params: Sequence[SampleParams], draws: npt.NDArray[np
     """
     out = torch.empty(len(params), dtype=torch.int64, device=logits.device)
     u = torch.from_numpy(draws).to(logits.device)
-    greedy = [i for i, p in enumerate(params) if p.temperature == 0]
-    cut = [i for i, p in enumerate(params) if p.temperature and (p.top_k > 0 or p.top_p < 1)]
+    greedy = [i for i, p in enumerate(params) if np.float32(p.temperature) == 0]  # as `scaled` has it
+    cut = [i for i, p in enumerate(params) if i not in greedy and (p.top_k > 0 or p.top_p < 1)]
     free = sorted(set(range(len(params))) - set(greedy) - set(cut))
     if greedy:
         out[greedy] = logits[greedy].argmax(-1)

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,16 +96,25 @@ class SpanAttention(torch.autograd.Function):
 
 
 class Chunks:
-    """New tokens of sequences and the pages of each: (first row, length, position, pages)."""
+    """New tokens of sequences and the pages of each: (first row, length, position, pages).
 
-    def __init__(self, chunks: Sequence[tuple[int, int, int, Sequence[int]]]) -> None:
+    numbers: int32 [chunks, 4], with where in `pages` (int32) a chunk's own begin in place of those.
+    """
+
+    def __init__(self, chunks: Sequence[tuple[int, int, int, Sequence[int]]], room: int = 0) -> None:
+        """room: for how many more pages each has a place."""
         self.count = len(chunks)
-        numbers: list[int] = []
+        numbers: list[tuple[int, int, int, int]] = []
         pages: list[int] = []
+        more = [0] * room
         for row, length, position, own in chunks:
-            numbers += (row, length, position, len(pages))
+            numbers.append((row, length, position, len(pages)))
             pages += own
-        self.numbers, self.pages = _ints(numbers), _ints(pages)
+            pages += more
+        self.room = [len(own) + room for *_, own in chunks]
+        self.numbers = np.array(numbers, np.int32).reshape(-1, 4)
+        self.pages = np.array(pages, np.int32)
+        self.pointers = self.numbers.ctypes.data, self.pages.ctypes.data
 
 
 def paged_attention(
@@ -127,10 +137,11 @@ def paged_attention(
     heads, rows, dim = q.shape
     out = q.new_zeros(rows, heads, v.shape[-1])
     sinks = None if sinks is None else sinks.detach().float().contiguous()
+    numbers, pages = map(ctypes.c_void_p, chunks.pointers)
     _call(
         "paged", q.dtype,
         pointer(q), pointer(k), pointer(v), pointer(out), pointer(key_pages), pointer(value_pages),
-        chunks.numbers, chunks.count, chunks.pages, _strides(q, k, v), heads, k.shape[0], dim, v.shape[-1],
+        numbers, chunks.count, pages, _strides(q, k, v), heads, k.shape[0], dim, v.shape[-1],
         ctypes.c_float(scale), window or 0, pointer(sinks), torch.get_num_threads(),
     )  # fmt: skip
     return out

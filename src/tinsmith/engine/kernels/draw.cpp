@@ -113,28 +113,35 @@ struct Row {
 };
 
 template <class T>
+int64_t draw(const Row<T>& row, double u, int64_t top_k, double top_p, std::vector<double>& sums,
+             std::vector<Candidate>& some) {
+  if (u < 0) {  // the likeliest one
+    for (int64_t i = 0; i < row.width; i++)
+      if (value(row.x[i]) == row.top) return i;
+    return 0;
+  }
+  if (top_k > 0 || top_p < 1) return row.draw_cut(u, std::min(top_k, row.width), top_p, some);
+  return row.draw(u, sums);
+}
+
+template <class T>
 void draw(const T* logits, const float* top, const double* u, const int64_t* top_k, const double* top_p, int64_t* out,
           int64_t rows, int64_t width, int64_t ld, int threads) {
+  const auto one = [&](int64_t r, std::vector<double>& sums, std::vector<Candidate>& some) {
+    out[r] = draw(Row<T>{logits + r * ld, width, top[r]}, u[r], top_k[r], top_p[r], sums, some);
+  };
+  if (threads == 1 || rows == 1) {  // no team is needed: the caller may be one of a team already
+    std::vector<double> sums;
+    std::vector<Candidate> some;
+    for (int64_t r = 0; r < rows; r++) one(r, sums, some);
+    return;
+  }
 #pragma omp parallel num_threads((int)std::min<int64_t>(threads, rows))
   {
     std::vector<double> sums;
     std::vector<Candidate> some;
 #pragma omp for schedule(dynamic)
-    for (int64_t r = 0; r < rows; r++) {
-      const Row<T> row = {logits + r * ld, width, top[r]};
-      if (u[r] < 0) {  // the likeliest one
-        out[r] = 0;
-        for (int64_t i = 0; i < width; i++)
-          if (value(row.x[i]) == top[r]) {
-            out[r] = i;
-            break;
-          }
-      } else if (top_k[r] > 0 || top_p[r] < 1) {
-        out[r] = row.draw_cut(u[r], std::min(top_k[r], width), top_p[r], some);
-      } else {
-        out[r] = row.draw(u[r], sums);
-      }
-    }
+    for (int64_t r = 0; r < rows; r++) one(r, sums, some);
   }
 }
 

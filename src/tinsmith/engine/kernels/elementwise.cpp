@@ -14,6 +14,17 @@ inline int workers(int64_t numbers, int threads) {
   return (int)std::max<int64_t>(1, std::min<int64_t>(threads, numbers / GRAIN));
 }
 
+// f(row) for all rows, on so many threads. One needs no team: the caller may be one of a team already.
+template <class F>
+inline void each_row(int64_t rows, int threads, F f) {
+  if (threads == 1) {
+    for (int64_t r = 0; r < rows; r++) f(r);
+    return;
+  }
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t r = 0; r < rows; r++) f(r);
+}
+
 enum Style { ROUND_THEN_SCALE = 0, SCALE = 1, SCALE_BY_ONE_PLUS = 2 };
 
 template <class T>
@@ -34,8 +45,7 @@ inline double exact_sum_of(V x) {
 template <class T>
 void norm_forward(const T* x, const T* weight, T* y, float* inverse, int64_t rows, int64_t width, int64_t ldx, float eps,
                   int style, int threads) {
-#pragma omp parallel for schedule(static) num_threads(workers(rows * width, threads))
-  for (int64_t r = 0; r < rows; r++) {
+  each_row(rows, workers(rows * width, threads), [&](int64_t r) {
     const T* in = x + r * ldx;
     T* out = y + r * width;
     V sum = zero();
@@ -51,15 +61,14 @@ void norm_forward(const T* x, const T* weight, T* y, float* inverse, int64_t row
       if (style == ROUND_THEN_SCALE) v = rounded(v, in);
       give(out + i, mul(v, scale_of(weight + i, n, style)), n);
     });
-  }
+  });
 }
 
 // dx = inverse * g w - x inverse^3 mean(g w x)
 template <class T>
 void norm_backward(const T* x, const T* weight, const T* grad, const float* inverse, T* dx, int64_t rows, int64_t width,
                    int64_t ldx, int64_t ldg, int style, int threads) {
-#pragma omp parallel for schedule(static) num_threads(workers(rows * width, threads))
-  for (int64_t r = 0; r < rows; r++) {
+  each_row(rows, workers(rows * width, threads), [&](int64_t r) {
     const T *in = x + r * ldx, *g = grad + r * ldg;
     T* out = dx + r * width;
     V sum = zero();
@@ -72,7 +81,7 @@ void norm_backward(const T* x, const T* weight, const T* grad, const float* inve
       V v = mul(mul(take(g + i, n), scale_of(weight + i, n, style)), by);
       give(out + i, fma(take(in + i, n), back, v), n);
     });
-  }
+  });
 }
 
 // 1 / (1 + exp(-x))
@@ -85,19 +94,18 @@ inline V sigmoid(V x) {
 // y = silu(gate) * up
 template <class T>
 void gate_forward(const T* gate, const T* up, T* y, int64_t rows, int64_t width, int64_t ldg, int64_t ldu, int threads) {
-#pragma omp parallel for schedule(static) num_threads(workers(rows * width, threads))
-  for (int64_t r = 0; r < rows; r++)
+  each_row(rows, workers(rows * width, threads), [&](int64_t r) {
     each(width, [&](int64_t i, int64_t n) {
       V g = take(gate + r * ldg + i, n);
       give(y + r * width + i, mul(rounded(mul(g, sigmoid(g)), y), take(up + r * ldu + i, n)), n);
     });
+  });
 }
 
 template <class T>
 void gate_backward(const T* gate, const T* up, const T* grad, T* dgate, T* dup, int64_t rows, int64_t width, int64_t ldg,
                    int64_t ldu, int64_t ldy, int threads) {
-#pragma omp parallel for schedule(static) num_threads(workers(rows * width, threads))
-  for (int64_t r = 0; r < rows; r++)
+  each_row(rows, workers(rows * width, threads), [&](int64_t r) {
     each(width, [&](int64_t i, int64_t n) {
       V g = take(gate + r * ldg + i, n), d = take(grad + r * ldy + i, n), s = sigmoid(g);
       V silu = mul(g, s);
@@ -106,6 +114,7 @@ void gate_backward(const T* gate, const T* up, const T* grad, T* dgate, T* dup, 
       give(dup + r * width + i, mul(d, silu), n);
       give(dgate + r * width + i, mul(mul(d, take(up + r * ldu + i, n)), slope), n);
     });
+  });
 }
 
 // One head's first `rotary` numbers turned: (x1, x2) -> (x1 c1 - x2 s1, x2 c2 + x1 s2), with (x1, x2) the halves; the
@@ -126,18 +135,17 @@ inline void turn(const T* x, const T* cos, const T* sin, T* y, int64_t dim, int6
 template <class T>
 void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t rows, int64_t heads, int64_t dim, int64_t half,
             int64_t second, int64_t ldc, int64_t head_stride, int64_t row_stride, int back, int threads) {
-#pragma omp parallel for schedule(static) num_threads(workers(rows * heads * dim, threads))
-  for (int64_t r = 0; r < rows; r++)
+  each_row(rows, workers(rows * heads * dim, threads), [&](int64_t r) {
     for (int64_t h = 0; h < heads; h++)
       turn(x + h * head_stride + r * row_stride, cos + r * ldc, sin + r * ldc, y + (r * heads + h) * dim, dim, half,
            second, back != 0);
+  });
 }
 
 // Of each row: its maximum, and the logarithm of the sum of exp(x - maximum).
 template <class T>
 void normalizers(const T* x, float* top, float* total, int64_t rows, int64_t width, int64_t ldx, int threads) {
-#pragma omp parallel for schedule(static) num_threads(workers(rows * width, threads))
-  for (int64_t r = 0; r < rows; r++) {
+  each_row(rows, workers(rows * width, threads), [&](int64_t r) {
     const T* in = x + r * ldx;
     V most = spread(-INFINITY);
     each(width, [&](int64_t i, int64_t n) {
@@ -156,28 +164,26 @@ void normalizers(const T* x, float* top, float* total, int64_t rows, int64_t wid
     });
     top[r] = highest;
     total[r] = std::log(sum_of(sum) + rest);
-  }
+  });
 }
 
 // table = (x - top) - total
 template <class T>
 void log_softmax(const T* x, const float* top, const float* total, float* table, int64_t rows, int64_t width, int64_t ldx,
                  int threads) {
-#pragma omp parallel for schedule(static) num_threads(workers(rows * width, threads))
-  for (int64_t r = 0; r < rows; r++) {
+  each_row(rows, workers(rows * width, threads), [&](int64_t r) {
     const V shift = spread(top[r]), scale = spread(total[r]);
     each(width, [&](int64_t i, int64_t n) {
       give(table + r * width + i, sub(sub(take(x + r * ldx + i, n), shift), scale), n);
     });
-  }
+  });
 }
 
 // dx = sum over j of grad[j] (onehot(chosen[j]) - softmax(x)), in place of x
 template <class T>
 void log_softmax_backward(T* x, const float* top, const float* total, const int64_t* chosen, const float* grad,
                           int64_t count, int64_t rows, int64_t width, int64_t ldx, int threads) {
-#pragma omp parallel for schedule(static) num_threads(workers(rows * width, threads))
-  for (int64_t r = 0; r < rows; r++) {
+  each_row(rows, workers(rows * width, threads), [&](int64_t r) {
     T* in = x + r * ldx;
     const int64_t* ids = chosen + r * count;
     const float* g = grad + r * count;
@@ -199,7 +205,7 @@ void log_softmax_backward(T* x, const float* top, const float* total, const int6
     });
     for (int64_t j = 0; j < count; j++) put(in + ids[j], own[j]);
     if (own != kept) delete[] own;
-  }
+  });
 }
 
 }  // namespace

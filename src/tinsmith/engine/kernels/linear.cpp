@@ -37,7 +37,7 @@ void linear(const Product* list, int64_t count, int64_t rows, const Segment* seg
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
-    phases.share(0, all.chain_tasks(), thread, [&](int64_t task, int64_t) { all.chain(task); });
+    phases.share(0, all.chain_tasks(), thread, [&](int64_t task, int64_t next) { all.chain(task, next); });
     phases.share(1, all.tiles(), thread, [&](int64_t task, int64_t next) { all.run(task, next); });
   }
 }

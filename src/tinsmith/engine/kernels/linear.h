@@ -19,7 +19,7 @@ namespace {
 constexpr int M = 8, N = 2;               // rows and vectors of a register block
 constexpr int64_t TILE_COLUMNS = N * LANES;    // of a tile; a packed matrix is [tiles][K/2][TILE_COLUMNS] pairs
 constexpr int64_t TILE_ROWS = 64;              // of x that meet a tile before the next rows do
-constexpr int64_t CHAIN_ROWS = 32;        // of an adapter's first product that one thread takes at a time
+constexpr int64_t CHAIN_ROWS = M;         // of an adapter's first product that one thread takes at a time
 
 struct Product {
   const u16* x;
@@ -159,8 +159,8 @@ void tile(const Product& p, int64_t column, int64_t first_row, int64_t rows, con
   }
 }
 
-// z[rows][rank] = x[rows][k] first
-void first_product(const u16* x, int64_t ldx, int64_t k, const Factors& f, int64_t rows, u16* z) {
+// z[rows][rank] = x[rows][k] first; meanwhile as much is fetched from `next`, where that is given.
+void first_product(const u16* x, int64_t ldx, int64_t k, const Factors& f, int64_t rows, u16* z, const char* next) {
   for (int64_t column = 0; column < f.rank; column += TILE_COLUMNS) {
     const int64_t stride = panel_stride(column, f.rank);
     const u32* first = f.first + panel_of(column, k / 2);
@@ -169,7 +169,8 @@ void first_product(const u16* x, int64_t ldx, int64_t k, const Factors& f, int64
       with_count<M>(std::min<int64_t>(M, rows - r), [&](auto number) {
         constexpr int R = number;
         __m512 sum[R][N];
-        if (wide) block<R>(x + r * ldx, ldx, first, stride, k / 2, sum, nullptr, 0);
+        const char* ahead = next ? next + column * k * 2 : nullptr;
+        if (wide) block<R>(x + r * ldx, ldx, first, stride, k / 2, sum, ahead, ahead && r == 0 ? N : 0);
         else narrow_block<R>(x + r * ldx, ldx, first, stride, k / 2, sum);
         for (int i = 0; i < R; i++)
           for (int c = 0; c < (wide ? N : 1); c++)
@@ -213,13 +214,15 @@ struct Linears {
   }
 
   int64_t chain_tasks() const { return (int64_t)chains.size(); }
-  void chain(int64_t task) const {
+  void chain(int64_t task, int64_t next) const {
     const Chain& c = chains[task];
+    const u32 *own_first = first_of(c), *ahead = next >= 0 ? first_of(chains[next]) : nullptr;
     const Product& p = list[c.product];
     const Segment& own = segments[c.segment];
     const Factors& f = *factors(own, p.slot);
     first_product(p.x + c.row * p.ldx, p.ldx, p.k, f, std::min(CHAIN_ROWS, own.stop - c.row),
-                  z[c.product * segment_count + c.segment] + c.row * f.rank);
+                  z[c.product * segment_count + c.segment] + c.row * f.rank,
+                  (const char*)(ahead == own_first ? nullptr : ahead));
   }
 
   int64_t tiles() const { return ends.back(); }
@@ -236,6 +239,7 @@ struct Linears {
   }
 
  private:
+  const u32* first_of(const Chain& c) const { return factors(segments[c.segment], list[c.product].slot)->first; }
   int64_t product_of(int64_t task) const { return std::upper_bound(ends.begin(), ends.end(), task) - ends.begin(); }
   int64_t first_of(int64_t p) const { return p ? ends[p - 1] : 0; }
 };

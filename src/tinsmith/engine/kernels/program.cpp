@@ -1,6 +1,7 @@
-// A model's way from embedded tokens to final hidden states as a list of instructions, carried out without a word of
-// Python between them. What each does is what the kernel of its name does. Instructions that take each row by itself
-// are one phase as long as they follow each other: whoever takes some rows takes them through all of those.
+// A model's way from embedded tokens to final hidden states as a list of instructions, and from there to the tokens that
+// are drawn, carried out without a word of Python between them. What each does is what the kernel of its name does.
+// Instructions that take each row by itself are one phase as long as they follow each other: whoever takes some rows
+// takes them through all of those.
 
 #include "linear.h"
 
@@ -17,6 +18,12 @@ void norm_forward_bf16(const void*, const void*, void*, float*, int64_t, int64_t
 void gate_forward_bf16(const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int);
 void rotate_bf16(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                  int64_t, int64_t, int, int);
+void normalizers_bf16(const void*, float*, float*, int64_t, int64_t, int64_t, int);
+void normalizers_fp32(const void*, float*, float*, int64_t, int64_t, int64_t, int);
+void draw_bf16(const void*, const float*, const double*, const int64_t*, const double*, int64_t*, int64_t, int64_t,
+               int64_t, int);
+void draw_fp32(const void*, const float*, const double*, const int64_t*, const double*, int64_t*, int64_t, int64_t,
+               int64_t, int);
 }
 
 namespace {
@@ -33,6 +40,25 @@ struct Step {  // what differs from one step to the next
   const void* segments;
   int64_t segment_count;
   int64_t threads;
+};
+
+struct Draws {  // the tokens that are drawn behind the last instruction
+  const u16* hidden;
+  int64_t ld;
+  const int64_t* rows;  // of `hidden`, those whose logits are wanted
+  int64_t count;        // of them
+  u16* gathered;        // room for them, or null where they are the first rows in order
+  Product* head;        // x is set here; y are the logits
+  const Segment* segments;  // of the wanted rows
+  int64_t segment_count;
+  int64_t draws;
+  const int64_t* source;  // of each draw, its row of logits
+  const float* temperatures;
+  const double* u;
+  const int64_t* top_k;
+  const double* top_p;
+  int64_t* tokens;
+  float* logprobs;
 };
 
 inline float number(int64_t bits) {
@@ -102,8 +128,8 @@ constexpr int64_t PHASES = 2;  // of a stage at most
 template <bool DOT>
 void attend_together(const Paged<bf16, DOT>& call, Phases& phases, int64_t phase, int thread) {
   phases.share(phase, call.puts(), thread, [&](int64_t task, int64_t) { call.put(task); });
-  const typename Paged<bf16, DOT>::Scratch room(call);
-  phases.share(phase + 1, call.tasks(), thread, [&](int64_t task, int64_t) { call.run(task, room); });
+  typename Paged<bf16, DOT>::Scratch room(call);
+  phases.share(phase + 1, call.tasks(), thread, [&](int64_t task, int64_t next) { call.run(task, room, next); });
 }
 
 void work(const std::vector<Stage>& stages, const Step& step, Phases& phases, int thread) {
@@ -117,7 +143,8 @@ void work(const std::vector<Stage>& stages, const Step& step, Phases& phases, in
     } else if (stage.plain) {
       attend_together(*stage.plain, phases, phase, thread);
     } else if (stage.code[0] == LINEAR) {
-      phases.share(phase, stage.linears.chain_tasks(), thread, [&](int64_t task, int64_t) { stage.linears.chain(task); });
+      phases.share(phase, stage.linears.chain_tasks(), thread,
+                   [&](int64_t task, int64_t next) { stage.linears.chain(task, next); });
       phases.share(phase + 1, stage.linears.tiles(), thread,
                    [&](int64_t task, int64_t next) { stage.linears.run(task, next); });
     } else {
@@ -127,6 +154,41 @@ void work(const std::vector<Stage>& stages, const Step& step, Phases& phases, in
       });
     }
   }
+}
+
+// A token of the logits at its temperature; a greedy one of those at 1. As sampling.py has it: logits that must be
+// divided are divided in fp32.
+void draw(const Draws& d, int64_t i, std::vector<float>& scaled) {
+  const int64_t width = d.head->n;
+  const u16* logits = d.head->y + d.source[i] * d.head->ldy;
+  const float t = d.temperatures[i];
+  float top, total, x;
+  if (t == 0 || t == 1) {
+    normalizers_bf16(logits, &top, &total, 1, width, width, 1);
+    draw_bf16(logits, &top, d.u + i, d.top_k + i, d.top_p + i, d.tokens + i, 1, width, width, 1);
+    x = value(((const bf16*)logits)[d.tokens[i]]);
+  } else {
+    scaled.resize(width);
+    const V by = spread(t);
+    each(width, [&](int64_t j, int64_t n) { give(&scaled[j], divide(take((const bf16*)logits + j, n), by), n); });
+    normalizers_fp32(scaled.data(), &top, &total, 1, width, width, 1);
+    draw_fp32(scaled.data(), &top, d.u + i, d.top_k + i, d.top_p + i, d.tokens + i, 1, width, width, 1);
+    x = scaled[d.tokens[i]];
+  }
+  d.logprobs[i] = (x - top) - total;
+}
+
+constexpr int64_t DRAW_PHASES = 4;
+
+void draw_together(const Draws& d, const Linears& head, Phases& phases, int64_t phase, int thread) {
+  if (d.gathered)
+    phases.share(phase, d.count, thread, [&](int64_t i, int64_t) {
+      std::copy_n(d.hidden + d.rows[i] * d.ld, d.head->k, d.gathered + i * d.head->k);
+    });
+  phases.share(phase + 1, head.chain_tasks(), thread, [&](int64_t task, int64_t next) { head.chain(task, next); });
+  phases.share(phase + 2, head.tiles(), thread, [&](int64_t task, int64_t next) { head.run(task, next); });
+  std::vector<float> scaled;
+  phases.share(phase + 3, d.draws, thread, [&](int64_t i, int64_t) { draw(d, i, scaled); });
 }
 
 std::vector<Stage> stages_of(const int64_t* code, int64_t count, const Step& step) {
@@ -155,15 +217,29 @@ std::vector<Stage> stages_of(const int64_t* code, int64_t count, const Step& ste
 
 }  // namespace
 
-extern "C" void program_run(const int64_t* code, int64_t count, const Step* step) {
+// draws: null where none are wanted, or not yet.
+extern "C" void program_run(const int64_t* code, int64_t count, const Step* step, const Draws* draws) {
   std::vector<Stage> stages = stages_of(code, count, *step);
-  int64_t size = 0;
+  Linears head = {};
+  if (draws) {
+    draws->head->x = draws->gathered ? draws->gathered : draws->hidden;
+    draws->head->ldx = draws->gathered ? draws->head->k : draws->ld;
+    head = {draws->head, 1, draws->count, draws->segments, draws->segment_count};
+    head.prepare();
+  }
+  int64_t size = head.size;
   for (const Stage& stage : stages) size = std::max(size, stage.linears.size);
   std::vector<u16> scratch(size);
   for (Stage& stage : stages) stage.linears.use(scratch.data());
-  Phases phases((int64_t)stages.size() * PHASES, (int)step->threads);
+  head.use(scratch.data());
+  const int64_t behind = (int64_t)stages.size() * PHASES;
+  Phases phases(behind + DRAW_PHASES, (int)step->threads);
 #pragma omp parallel num_threads((int)step->threads)
-  work(stages, *step, phases, omp_get_thread_num());
+  {
+    const int thread = omp_get_thread_num();
+    work(stages, *step, phases, thread);
+    if (draws) draw_together(*draws, head, phases, behind, thread);
+  }
 }
 
 #endif

@@ -288,6 +288,11 @@ class BaseModel:
         """A cache as the argument of the body that takes one."""
         return {cache_argument(self._body.forward) or "past_key_values": cache}
 
+    @property
+    def head(self) -> LoraLinear | None:
+        """The layer that makes logits, where nothing else has a part in them."""
+        return self._unembed if isinstance(self._unembed, LoraLinear) else None
+
     def logits(self, hidden: Tensor, this: Pass) -> Tensor:
         """hidden: [n, hidden] of the rows in `this`, n padded -> [n, vocab] in its dtype."""
         with running(this):
