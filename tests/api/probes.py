@@ -408,7 +408,10 @@ PROBES: dict[tuple[str, str], dict[str, Probe]] = {
         "by name": _get("training_runs", project_id="{project_name}"),
     },
     ("GET", "training_runs/{run_id}"): {"": _below_run("GET")},
-    ("GET", "training_runs/{run_id}/checkpoints"): {"": _below_run("GET", "/checkpoints")},
+    ("GET", "training_runs/{run_id}/checkpoints"): {
+        "": _below_run("GET", "/checkpoints"),
+        "of its session": _get("training_runs/{session}/checkpoints"),
+    },
     ("POST", "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/publish"): _each_kind(
         "POST", "/publish"
     ),
@@ -426,6 +429,11 @@ PROBES: dict[tuple[str, str], dict[str, Probe]] = {
     ("GET", "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/external_weights_urls"): _each_kind(
         "GET", "/external_weights_urls"
     ),
+    ("GET", "training_runs/{run_id}/checkpoints/{checkpoint_id:path}/archive"): _each_kind("GET", "/archive"),
+    ("GET", "checkpoint_archives/{checkpoint_id}"): {
+        "unsigned": _get("checkpoint_archives/{checkpoint}"),
+        "signed by nobody": _get("checkpoint_archives/{checkpoint}", **_SIGNED),
+    },
     ("GET", "external_weights/{checkpoint_id}/{file}"): {
         "unsigned": _get("external_weights/{checkpoint}/adapter_config.json"),
         "signed by nobody": _get("external_weights/{checkpoint}/adapter_config.json", **_SIGNED),

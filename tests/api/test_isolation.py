@@ -146,6 +146,7 @@ VIEWER: dict[str, set[str] | None] = {
     "GET training_runs/{run_id}/checkpoints": EVERY,
     "POST checkpoints/search": EVERY,
     "GET training_runs/{run_id}/checkpoints/{checkpoint_id:path}/external_weights_urls": {"external_weights"},
+    "GET training_runs/{run_id}/checkpoints/{checkpoint_id:path}/archive": EVERY,
     "GET /v1/models/{model:anything}": EVERY,
     "POST /v1/completions": EVERY,
 }
@@ -170,6 +171,7 @@ PUBLISHED: dict[str, set[str] | None] = {
     "POST copy_weights": {"source", "source into a session"},
     "POST checkpoints/search": {"metadata"},  # the copy, which is one's own
     "GET training_runs/{run_id}/checkpoints/{checkpoint_id:path}/external_weights_urls": {"external_weights"},
+    "GET training_runs/{run_id}/checkpoints/{checkpoint_id:path}/archive": EVERY,
     "GET /v1/models/{model:anything}": EVERY,
     "POST /v1/completions": EVERY,
     "POST /v1/chat/completions": EVERY,
@@ -211,6 +213,8 @@ def test_a_viewer_sees_it_and_uses_it_elsewhere(server: Server, theirs: Things) 
                 wanted = 400
             if route[1].endswith("external_weights_urls") and what != "external_weights":
                 wanted = 400  # says its path
+            if route[1].endswith("/archive"):
+                wanted = 302
             if answer.status_code != wanted:
                 wrong.append((*route, what, answer.status_code, answer.text[:120]))
     assert not wrong

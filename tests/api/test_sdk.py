@@ -308,6 +308,23 @@ def test_a_checkpoint_keeps_its_time_to_live_and_metadata(
     assert 3500 < (checkpoint.expires_at - checkpoint.time).total_seconds() <= 3600
 
 
+def test_a_sessions_id_lists_the_checkpoints_of_all_its_runs(server: Server) -> None:
+    """As Tinker's tutorial on weights asks: with what stands before the colon in a run's id."""
+    rest = tinker.RestClient(base_url=server.url, api_key=KEY)
+    with server.sdk() as client:
+        first, second = (client.create_lora_training_client(MODEL, rank=2).result() for _ in range(2))
+        paths = [
+            first.save_state("a").result().path,
+            second.save_state("b").result().path,
+            first.save_weights_for_sampler("c").result().path,
+        ]
+        session = first.model_id.partition(":")[0]
+        found = rest.list_checkpoints(session).result().checkpoints
+    assert [each.tinker_path for each in found] == paths
+    with pytest.raises(tinker.NotFoundError, match="no training run 'nobody'"):
+        rest.list_checkpoints("nobody").result()
+
+
 @pytest.mark.parametrize("rank", [0, -1, 129])
 def test_a_rank_out_of_range_is_refused_at_once(client: tinker.ServiceClient, rank: int) -> None:
     with pytest.raises(tinker.RequestFailedError, match="rank"):
