@@ -102,6 +102,13 @@ class Settings:
         default=600.0,
         metadata=_about("seconds of silence after which a client's memory is released", least=0.1),
     )
+    snapshot_every: float = field(
+        default=30.0,
+        metadata=_about(
+            "seconds of a run's training after which its state is written down for a replay after a crash",
+            least=0.0,
+        ),
+    )
     result_ttl: float = field(
         default=3600.0, metadata=_about("seconds for which a result that was fetched is kept", least=1.0)
     )

@@ -185,9 +185,14 @@ def test_a_run_whose_state_is_lost_fails_its_session_and_silence_is_not_called_a
     server = make_server("--heartbeat-timeout", "3").start()
     raw, rest = server.raw(), tinker.RestClient(base_url=server.url, api_key=KEY)
     session, silent = named(raw, None), named(raw, None)
-    run = raw.run(session)
-    raw.result(raw.optim(run, 1))
+    run, other = raw.run(session), raw.run(silent)
+    path = raw.result(raw.save(other, 1, "n"))["path"]
+    load = {"model_id": run, "seq_id": 1, "path": path, "optimizer": True}
+    raw.result(raw.ok("load_weights", load)["request_id"])
+    # What was loaded is gone, so that the log does not give the state back.
+    assert raw.http.delete(f"training_runs/{other}/checkpoints/weights/n").status_code == 200
     server.kill_engine()
+    assert "is lost" in raw.result(raw.optim(run, 2))["error"]
 
     def lost() -> bool:
         raw.ok("session_heartbeat", {"session_id": session})

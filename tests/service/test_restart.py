@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from tests.harness import MODEL, Raw, Server, descendants, training_body, wait_for
+from tests.service.test_books import usage
 
 MakeServer = Callable[..., Server]
 
@@ -123,11 +124,8 @@ def test_a_stop_refuses_new_work_with_a_503_and_wakes_who_waits(stopped: World) 
 
 
 def test_after_a_stop_a_run_goes_on_bitwise(stopped: World) -> None:
-    folder = stopped.server.data / "blobs" / "snapshots"
-    before = len(list(folder.iterdir()))
     name = "stopped"
     assert _look(stopped.raw, stopped.runs[name], stopped.seqs[name]) == stopped.results["whole"]
-    wait_for(lambda: len(list(folder.iterdir())) < before, what="its snapshot to be removed")
 
 
 def test_results_and_checkpoints_survive_a_stop(stopped: World) -> None:
@@ -154,13 +152,69 @@ def test_a_refused_request_has_used_up_its_place_across_a_stop(stopped: World) -
     assert "error" not in raw.result(after, 10.0)
 
 
+def test_a_session_that_finishes_leaves_no_snapshots(stopped: World) -> None:
+    raw, folder = stopped.raw, stopped.server.data / "blobs" / "snapshots"
+    before = len(list(folder.iterdir()))
+    session = raw.session()
+    raw.result(raw.optim(raw.run(session), 1))
+    assert len(list(folder.iterdir())) == before
+    mine = stopped.runs["whole"].partition(":train:")[0]
+    raw.ok(f"sessions/{mine}/finish", {"reason": {"type": "success"}})
+    wait_for(lambda: not list(folder.iterdir()), what="the snapshots to be removed")
+
+
+def _begin(raw: Raw, run: str, optimizer: object = None) -> list[str]:
+    """Commands of all kinds, all of them answered, with gradients accumulated at the end."""
+    sent = [
+        raw.forward_backward(run, 1, training_body(run, 1, (9, 5))),
+        raw.optim(run, 2, learning_rate=0.01),
+        raw.forward_backward(run, 3, training_body(run, 3, (5,), "no_such_loss")),
+        raw.save(run, 4, "early"),
+        raw.forward_backward(run, 5, training_body(run, 5, (7, 7))),
+        raw.optim(run, 6, learning_rate=0.02),
+        str(raw.ok("load_weights", {"model_id": run, "seq_id": 7, "path": f"tinker://{run}/weights/early",
+                                    "optimizer": False})["request_id"]),
+        raw.forward_backward(run, 8, training_body(run, 8, (12,))),
+        raw.optim(run, 9, learning_rate=0.01),
+        str(raw.ok("save_weights_for_sampler", {"model_id": run, "seq_id": 10, "sampling_session_seq_id": 7})[
+            "request_id"
+        ]),
+        raw.forward_backward(run, 11, training_body(run, 11, (30, 3))),
+    ]  # fmt: skip
+    for each in sent:
+        raw.result(each)
+    return sent
+
+
+def _go_on(raw: Raw, run: str) -> list[str]:
+    """More of them, of which nobody waits for any."""
+    return [
+        raw.forward_backward(run, 12, training_body(run, 12, (400,) * 10)),
+        raw.optim(run, 13, learning_rate=0.01),
+        raw.save(run, 14, "late"),
+        raw.forward_backward(run, 15, training_body(run, 15, (5,), "no_such_loss")),
+        raw.forward_backward(run, 16, training_body(run, 16, (6,))),
+        raw.optim(run, 17, learning_rate=0.01),
+        raw.forward_backward(run, 18, training_body(run, 18, (6, 9))),
+    ]
+
+
+def _same(raw: Raw, mine: list[str], twins: list[str], run: str, twin: str) -> None:
+    def plain(request_id: str, owner: str) -> object:
+        session = owner.partition(":train:")[0]
+        return json.dumps(raw.result(request_id), default=repr).replace(owner, "RUN").replace(session, "S")
+
+    for one, other in zip(mine, twins, strict=True):
+        assert plain(one, run) == plain(other, twin)
+
+
 @pytest.fixture(scope="module")
 def crashed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """After an orderly stop, some more work, and a power cut."""
+    """After an orderly stop, some more work, and a power cut directly after an acknowledgement."""
     server = Server(tiny_model, tmp_path_factory.mktemp("crashed") / "data").start()
     world = World(server, raw := server.raw())
     session = raw.session()
-    for place, name in enumerate(("saved", "unsaved", "untouched")):
+    for place, name in enumerate(("saved", "gone", "untouched")):
         world.runs[name] = raw.run(session, place)
         raw.result(raw.optim(world.runs[name], 1))
     assert server.stop(signal.SIGINT) == 0
@@ -171,7 +225,6 @@ def crashed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     world.results["done"] = raw.optim(run, 3)
     raw.result(world.results["done"])
     world.results["waiting"] = raw.optim(run, 9)
-    raw.result(raw.optim(world.runs["unsaved"], 2))
     for kind, body in (("named", {"path": "named"}), ("unnamed", {"sampling_session_seq_id": 1})):
         seq_id = 4 if kind == "named" else 5
         request_id = raw.ok("save_weights_for_sampler", {"model_id": run, "seq_id": seq_id, **body})[
@@ -188,6 +241,16 @@ def crashed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     for kind in ("named", "unnamed"):
         promise = raw.ok("asample", {**SAMPLE, "sampling_session_id": world.runs[kind]})
         world.results[kind] = promise["request_id"], raw.result(promise["request_id"])
+
+    gone = world.runs["gone"]
+    world.results["gone"] = raw.result(raw.save(gone, 2, "mine"))["path"]
+    load = {"model_id": gone, "seq_id": 3, "path": world.results["path"], "optimizer": True}
+    assert "error" not in raw.result(raw.ok("load_weights", load)["request_id"])
+    raw.result(raw.optim(gone, 4))
+
+    world.runs["sudden"] = run = raw.run(session, 3)
+    world.results["before"] = _begin(raw, run)
+    world.results["after"] = _go_on(raw, run)
     server.kill()
     blobs = server.data / "blobs"
     (blobs / "bodies").mkdir(exist_ok=True)
@@ -198,28 +261,49 @@ def crashed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     server.end()
 
 
-def test_after_a_crash_a_run_says_so_and_names_its_newest_checkpoint(crashed: World) -> None:
-    raw, run, path = crashed.raw, crashed.runs["saved"], crashed.results["path"]
-    for request_id in (crashed.results["waiting"], raw.optim(run, 6), raw.forward_backward(run, 8)):
-        failure = raw.result(request_id, 5.0)
-        assert failure["category"] == "server"
-        assert f'create_training_client_from_state_with_optimizer("{path}")' in failure["error"]
-    again = _load(raw, path)
-    assert "error" not in raw.result(raw.optim(again["model_id"], 1))
+def test_what_was_acknowledged_before_a_crash_is_carried_out_as_if_nothing_had_been(crashed: World) -> None:
+    raw, run = crashed.raw, crashed.runs["sudden"]
+    twin = raw.run(raw.session())
+    before = _begin(raw, twin)
+    _same(raw, crashed.results["after"], _go_on(raw, twin), run, twin)
+    _same(raw, crashed.results["before"], before, run, twin)
+    assert _look(raw, run, 19) == _look(raw, twin, 19)
+    rows = usage(crashed.server, "--by", "session")
+    (mine,) = [row for row in rows if row["session"] == run.partition(":train:")[0]]
+    (its,) = [row for row in rows if row["session"] == twin.partition(":train:")[0]]
+    assert mine["train"] == its["train"] == str(9 + 5 + 14 + 12 + 33 + 4000 + 6 + 15 + 8)
+
+
+def test_a_run_with_nothing_outstanding_comes_back_with_its_next_request(crashed: World) -> None:
+    raw, run = crashed.raw, crashed.runs["saved"]
+    for seq_id in (6, 8, 7):
+        last = raw.optim(run, seq_id)
+    for request_id in (last, crashed.results["waiting"]):
+        assert "error" not in raw.result(request_id)
+    assert "replayed" not in raw.get(f"training_runs/{run}").text
 
 
 def test_results_from_before_a_crash_can_still_be_fetched(crashed: World) -> None:
     assert "error" not in crashed.raw.result(crashed.results["done"])
 
 
-def test_a_run_without_a_checkpoint_says_that_there_is_none(crashed: World) -> None:
-    assert (
-        "it has no checkpoint" in crashed.raw.result(crashed.raw.optim(crashed.runs["unsaved"], 3))["error"]
-    )
-
-
 def test_a_run_that_was_not_touched_since_the_stop_survives_the_crash(crashed: World) -> None:
     assert "error" not in crashed.raw.result(crashed.raw.optim(crashed.runs["untouched"], 2))
+
+
+def test_a_run_whose_log_cannot_be_replayed_says_why_and_names_its_newest_checkpoint(crashed: World) -> None:
+    raw, run = crashed.raw, crashed.runs["gone"]
+    deleted = crashed.results["path"].removeprefix("tinker://").replace("/weights/", "/checkpoints/weights/")
+    assert raw.http.delete(f"training_runs/{deleted}").status_code == 200
+    for request_id in (raw.optim(run, 5), raw.forward_backward(run, 9)):
+        failure = raw.result(request_id, 5.0)
+        assert failure["category"] == "server"
+        assert "the checkpoint that seq_id 3 loaded is gone" in failure["error"]
+        path = crashed.results["gone"]
+        assert f'create_training_client_from_state_with_optimizer("{path}")' in failure["error"]
+    assert raw.get(f"training_runs/{run}").json()["corrupted"] is True
+    again = _load(raw, crashed.results["gone"])
+    assert "error" not in raw.result(raw.optim(again["model_id"], 1))
 
 
 def test_a_forgotten_sample_is_a_410_and_a_named_sampler_gives_the_same_again(crashed: World) -> None:
@@ -229,13 +313,10 @@ def test_a_forgotten_sample_is_a_410_and_a_named_sampler_gives_the_same_again(cr
     assert crashed.raw.result(crashed.raw.ok("asample", body)["request_id"]) == before
 
 
-def test_a_sampler_without_a_name_is_gone_and_says_what_to_do(crashed: World) -> None:
+def test_a_sampler_without_a_name_comes_back_with_its_run_bitwise(crashed: World) -> None:
+    body = {**SAMPLE, "sampling_session_id": crashed.runs["unnamed"], "seq_id": 1}
+    assert crashed.raw.result(crashed.raw.ok("asample", body)["request_id"]) == crashed.results["unnamed"][1]
     assert crashed.results["unnamed"][1] == crashed.results["named"][1]
-    answer = crashed.raw.post(
-        "asample", {**SAMPLE, "sampling_session_id": crashed.runs["unnamed"], "seq_id": 1}
-    )
-    assert answer.status_code == 410
-    assert "save_weights_and_get_sampling_client" in answer.json()["detail"]
 
 
 def test_files_that_nothing_refers_to_are_removed_at_the_start(crashed: World) -> None:

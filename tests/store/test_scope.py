@@ -53,6 +53,8 @@ TENANTS = {
 UNSCOPED = {
     "sessions.finish", "sessions.failed", "sessions.move",
     "runs.add", "runs.set_state", "runs.set_snapshot", "runs.drop_snapshots", "runs.snapshots", "runs.touch",
+    "runs.set_turn", "runs.set_lost", "commands.body", "commands.is_settled", "commands.set_loaded",
+    "commands.begin_again",
     "commands.add", "commands.finish", "commands.fetched", "commands.drop_results",
     "commands.drop_replayable_bodies", "commands.blob_keys",
     "checkpoints.add", "checkpoints.delete", "checkpoints.set_expiry", "checkpoints.set_published",
@@ -106,13 +108,17 @@ def test_the_api_and_whatever_knows_a_caller_asks_within_the_callers_scope() -> 
         "service/limit_administration.py": {"_every"},  # the operator
         "service/limits.py": {"_look"},
         "service/metering.py": {"_accrue", "accrue"},
-        "service/run.py": {"_lost"},
-        "service/runs.py": {"take_up"},
+        # Of a run that is there: what its log says, and which checkpoints it has.
+        "service/recovery.py": {"fail_open"},
+        "service/replay.py": {"plan", "remedy"},
+        # Of a sampling session as below: the run that has published its weights.
+        "service/runs.py": {"take_up", "_revivable", "_revive"},
         # Of a sampling session that was found within the caller's scope: whether its weights are there.
         "service/samplers.py": {"_release_unnamed", "put_away", "why_gone"},
         "service/sessions.py": {"is_finished", "take_up"},
         "service/uploads.py": {"put"},  # as above
-        "service/steps.py": {"_claim", "_publish_ephemeral", "find_checkpoint"},
+        # A load that has been begun goes on with the checkpoint that was allowed to it then.
+        "service/steps.py": {"_claim", "_publish_ephemeral", "find_checkpoint", "get_checkpoint"},
         "store/samplers.py": {"add"},
     }
     found: dict[str, set[str]] = {}
@@ -152,7 +158,7 @@ def _fill(connection: sa.Connection, org: str) -> Scope:
         )
         checkpoints.add(connection, checkpoint)
         sampler = SamplingSessionRow(
-            f"{name}:sample:0", key.org_id, name, 1.0, "m", None, "s", None, ephemeral=True
+            f"{name}:sample:0", key.org_id, name, 1.0, "m", None, "s", None, True, 0, run.id, 1
         )
         samplers.add(connection, sampler)
         traces.add(connection, TraceChunk(key.org_id, name, 1.0, 1, b"x"))
@@ -169,7 +175,7 @@ def _seen(connection: sa.Connection, scope: Scope, every: list[str]) -> dict[str
         "run": [n for n in every if runs.get(connection, f"{n}:train:0", scope)],
         "runs": [row.session_id for row in runs.page(connection, scope, 99, 0)[0]],
         "command": [n for n in every if commands.by_request(connection, f"{n}:train:0:1", scope)],
-        "commands": [n for n in every if commands.of_run(connection, f"{n}:train:0", scope)],
+        "commands": [n for n in every if commands.log_of_run(connection, f"{n}:train:0", scope)],
         "queued": [id_.partition(":")[0] for id_ in commands.runs_with_queued(connection, scope)],
         "checkpoint": [
             n for n in every
@@ -181,6 +187,7 @@ def _seen(connection: sa.Connection, scope: Scope, every: list[str]) -> dict[str
         "checkpoints": [row.id for row in checkpoints.page(connection, scope, 99, 0, 2.0)[0]],
         "expired": [row.id for row in checkpoints.expired(connection, scope, 9.0)],
         "sampler": [n for n in every if samplers.get(connection, f"{n}:sample:0", scope)],
+        "unnamed": [n for n in every if samplers.published_by(connection, f"{n}:train:0", scope, 1)],
         "trace": [n for n in every if traces.of_session(connection, n, scope)],
         "ephemeral": [n for n in every if samplers.ephemeral_of(connection, n, scope)],
     }  # fmt: skip

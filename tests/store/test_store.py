@@ -88,7 +88,7 @@ def test_sqlite_is_set_up_to_survive_a_power_cut(store: Store, tmp_path: Path) -
 
 def test_ids_are_64_bits_wide(store: Store, run: RunRow) -> None:
     store.write_now(lambda connection: commands.add(connection, _command(run, BIG)))
-    (row,) = store.write_now(lambda connection: commands.of_run(connection, run.id, SERVER))
+    (row,) = store.write_now(lambda connection: commands.log_of_run(connection, run.id, SERVER))
     assert row.seq_id == BIG
 
 
@@ -96,7 +96,7 @@ def test_a_place_in_a_run_is_given_once(store: Store, run: RunRow) -> None:
     assert store.write_now(lambda connection: commands.add(connection, _command(run, 1))) is None
     other = _command(run, 1, request_id="other", kind="save_weights")
     assert store.write_now(lambda connection: commands.add(connection, other)) == f"{run.id}:1"
-    (row,) = store.write_now(lambda connection: commands.of_run(connection, run.id, SERVER))
+    (row,) = store.write_now(lambda connection: commands.log_of_run(connection, run.id, SERVER))
     assert row.kind == "optim_step"
 
 
@@ -119,7 +119,8 @@ def test_a_failed_write_takes_no_other_along(store: Store, run: RunRow) -> None:
     results = asyncio.run(write())
     assert [type(result) for result in results].count(RuntimeError) == 1
     seqs = [
-        row.seq_id for row in store.write_now(lambda connection: commands.of_run(connection, run.id, SERVER))
+        row.seq_id
+        for row in store.write_now(lambda connection: commands.log_of_run(connection, run.id, SERVER))
     ]
     assert seqs == list(range(20))
 
@@ -201,21 +202,45 @@ def test_results_go_after_they_were_fetched_and_not_before(store: Store, run: Ru
 
 
 def test_bodies_stay_until_no_replay_needs_them(store: Store, run: RunRow) -> None:
-    def log(connection: sa.Connection, seq_id: int, kind: str, key: str | None) -> None:
+    def log(
+        connection: sa.Connection, seq_id: int, kind: str, key: str | None, error: str | None = None
+    ) -> None:
         commands.add(connection, _command(run, seq_id, kind=kind, body=None, body_key=key))
-        commands.finish(connection, f"{run.id}:{seq_id}", now=1.0, result=b"", result_type="json")
+        commands.finish(
+            connection, f"{run.id}:{seq_id}", now=1.0, result=b"", result_type="json", error=error
+        )
 
     def write(connection: sa.Connection) -> list[str]:
         log(connection, 1, "forward_backward", "bodies/1")
         log(connection, 2, "optim_step", None)
         log(connection, 3, "forward_backward", "bodies/3")  # its gradients are in no checkpoint
         log(connection, 4, "save_weights", None)
-        checkpoints.add(connection, _checkpoint(run, "c", seq_id=4))
+        log(connection, 5, "forward_backward", "bodies/5", "wrong")
+        log(connection, 6, "forward", "bodies/6")
+        log(connection, 7, "forward_backward", "bodies/7")
+        commands.add(connection, _command(run, 8, kind="forward_backward", body=None, body_key="bodies/8"))
+        checkpoints.add(connection, _checkpoint(run, "passing", seq_id=4, name="passing", expires_at=9.0))
         return commands.drop_replayable_bodies(connection)
 
-    assert store.write_now(write) == ["bodies/1"]
-    store.write_now(lambda connection: sessions.finish(connection, "s", "success", None, 9.0))
+    assert store.write_now(write) == ["bodies/5", "bodies/6"]
+    store.write_now(lambda connection: checkpoints.add(connection, _checkpoint(run, "c", seq_id=4)))
+    assert store.write_now(commands.drop_replayable_bodies) == ["bodies/1"]
+    assert store.write_now(lambda connection: runs.set_snapshot(connection, run.id, "snapshots/a", 3)) is None
     assert store.write_now(commands.drop_replayable_bodies) == ["bodies/3"]
+    earlier = store.write_now(lambda connection: runs.set_snapshot(connection, run.id, "snapshots/b", 4))
+    assert earlier == "snapshots/a"
+    store.write_now(lambda connection: sessions.finish(connection, "s", "success", None, 9.0))
+    assert store.write_now(commands.drop_replayable_bodies) == ["bodies/7"]
+
+
+def test_a_command_is_settled_once_its_outcome_is_written_down(store: Store, run: RunRow) -> None:
+    def look(connection: sa.Connection) -> list[bool]:
+        commands.add(connection, _command(run, 1))
+        commands.add(connection, _command(run, 2))
+        commands.finish(connection, f"{run.id}:1", now=1.0, error="no")
+        return [commands.is_settled(connection, run.id, seq_id) for seq_id in (1, 2)]
+
+    assert store.write_now(look) == [True, False]
 
 
 def _checkpoint(run: RunRow, id_: str, **more: object) -> CheckpointRow:

@@ -62,7 +62,7 @@ class Catalog:
 
     async def _views(self, rows: list[RunRow]) -> list[RunView]:
         now = time.time()
-        lost = [await self._runs.is_lost(row) for row in rows]
+        lost = [self._runs.is_lost(row) for row in rows]
 
         def look(connection: Connection) -> list[RunView]:
             return [

@@ -52,11 +52,11 @@ class Recorder:
     ) -> object:
         """Log an outcome, and enter into the ledger what it `used`. One that comes with something that
         must last (that, or `extra`, in the same transaction, whose answer comes back) is told to nobody
-        before it is on the disk; any other is told at once, since after a crash the command would count as
-        lost, and never as done twice."""
+        before it is on the disk, nor is a failure, which a replay skips. Any other is told at once, since a
+        replay comes to the same."""
         ended = {Result: "done", Failure: "failed"}.get(type(outcome), "lost")
         self._context.traces.ended(request.request_id, ended, dict(usage))
-        if extra is None and not used:
+        if extra is None and not used and not isinstance(outcome, Failure):
             request.resolve(outcome)
         try:
             return await self._write(request, outcome, usage, extra, used)
@@ -121,7 +121,7 @@ class Recorder:
         if row.status == "failed":
             return Failure(row.error or "failed", "user" if row.category == "user" else "server")
         if row.status == "queued":
-            return Failure("the server stopped before this request was carried out; it is lost", "server")
+            return Failure("the server stopped before this request was carried out", "server")
         if row.result_type is None:
             raise NotFound("request_id: this result was fetched long ago and is not kept any more")
         data = row.result

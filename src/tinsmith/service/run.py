@@ -1,107 +1,61 @@
-"""One training run: its commands in order, and where its state is.
-
-A run is in one of these phases:
-
-    fresh   its create command has not been carried out yet
-    live    an engine holds its state
-    away    its whole state lies in a snapshot; the next command brings it back
-    lost    the engine that held it died; nothing but a checkpoint is left
-    failed  it could not be created
-    closed  its session has finished
+"""One training run: its commands in order, from their arrival to their outcomes.
 
 Commands are handed to the engine in seq_id order, each as soon as its predecessor was handed over:
-the engine keeps the order, and sees early what is coming. What a command *does* is in steps.py.
+the engine keeps the order, and sees early what is coming. What a command *does* is in steps.py. For a replay
+the order begins anew, behind the state that replay.py finds: what was done is handed over once more, marked
+`again`, and what has no outcome as if for the first time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from tinsmith.engine.commands import Category, Done, EngineLost, Failed, Reply
-from tinsmith.store import Connection, checkpoints, runs, sessions
+from tinsmith.store import Connection, commands, runs
+from tinsmith.store.commands import Logged
 from tinsmith.store.runs import RunRow
-from tinsmith.store.scope import SERVER
 
 from . import shelf
+from .company import DEADLY, IN_COMPANY, MOST_LIVES, Company
 from .context import Context
 from .errors import Refusal
-from .futures import Failure, Pending, PendingRequest, Result
+from .futures import Failure, Pending, Result
+from .keeping import Keeping
 from .limits import Reached, Who
+from .line import Entry
 from .recorder import Recorder
-from .session_status import failure_of_run
+from .replay import MOST_FALLS
 from .steps import CREATES, Samplers, Saves, Step, StepMaker
 
 log = logging.getLogger("tinsmith.service.run")
-
-Phase = Literal["fresh", "live", "away", "lost", "failed", "closed"]
 
 _LOOK = 30.0  # seconds after which a command that waits for a limit looks again, if nothing changed before
 _WINDOW = 16  # commands of a run that the engine has at once: what a stop has to wait for
 
 
-@dataclass(slots=True)
-class Entry:
-    """A logged command on its way to the engine. `body` may have been left in the blob store."""
-
-    seq_id: int
-    request: PendingRequest
-    kind: str
-    encoding: str
-    body: bytes | None
-    body_key: str | None
-    arrived_at: float
-    refused: bool = False
-    key_id: str = ""
-
-
-class Run:
+class Run(Keeping):
     def __init__(
         self,
         context: Context,
         recorder: Recorder,
         row: RunRow,
         samplers: Samplers,
+        company: Company,
     ) -> None:
-        self.row = row
-        self._context = context
-        self._recorder = recorder
+        super().__init__(context, recorder, row)
+        self._company = company
         self._steps = StepMaker(context, row, Saves(), samplers)
-        self._phase: Phase = _phase_of(row)
-        self._snapshot = row.snapshot
-        self.next_seq = 0 if self.phase == "fresh" else (row.snapshot_seq or 0) + 1
-        self._waiting: dict[int, Entry] = {}
         self._pump: asyncio.Task[object] | None = None
-        self._in_flight = 0
-        self._landed = asyncio.Event()
-        self._landed.set()
         self._window = asyncio.Semaphore(_WINDOW)
-        # Held while a command is handed over, and while the whole state moves in or out.
-        self._moving = asyncio.Lock()
-        self._held = False
         self._closing = False
         self._paused: Reached | None = None  # the limit that the next command waits for
         self._last_arrival = 0.0
         self._gap_timer: asyncio.TimerHandle | None = None
-        self._why_failed = ""
-        self._deaths = 0
-        self._lost_message: str | None = None
-
-    @property
-    def phase(self) -> Phase:
-        return self._phase
-
-    @phase.setter
-    def phase(self, phase: Phase) -> None:
-        self._phase = phase
-        if phase != "live":
-            self._context.limits.leave(self.row.id)
 
     # Arrival and order
 
@@ -110,41 +64,72 @@ class Run:
         self._last_arrival = asyncio.get_running_loop().time()
         if self.phase in ("lost", "closed"):
             self._context.spawn(self._fail(entry, None))
-        elif entry.seq_id < self.next_seq:
+        elif entry.seq_id < self._line.turn:
             if not entry.refused:
-                message = (
-                    f"seq_id {entry.seq_id} came after its turn: it was given up"
-                    f" {self._context.settings.gap_timeout:g} s after the requests behind it had arrived"
-                )
-                self._context.spawn(self._fail(entry, message))
+                self._context.spawn(self._fail(entry, self.too_late(entry.seq_id)))
         else:
-            if entry.body_key is not None and len(self._waiting) >= _WINDOW:
+            if entry.body_key is not None and len(self._line) >= _WINDOW:
                 entry.body = None  # it may wait for long, and lies in the blob store
-            self._waiting[entry.seq_id] = entry
+            self._line.put(entry)
             self._go_on()
 
+    def too_late(self, seq_id: int) -> str | None:
+        """Why a command that comes now cannot be carried out any more, if that is so."""
+        if seq_id >= self._line.turn or self.phase in ("lost", "closed", "failed"):
+            return None
+        return (
+            f"seq_id {seq_id} came after its turn: it was given up"
+            f" {self._context.settings.gap_timeout:g} s after the requests behind it had arrived"
+        )
+
+    def take_up(self, log: Sequence[Logged]) -> None:
+        """Go on with what the log has from an earlier life of the server, where the run can."""
+        if self.phase not in ("fresh", "away", "crashed"):
+            return
+        self._last_arrival = asyncio.get_running_loop().time()
+        done = max((each.seq_id for each in log if each.status == "done"), default=-1)
+        if self.phase != "fresh":
+            self._line.skip_to(done + 1)
+            if done > (-1 if self._snapshot is None else self._snapshot.seq_id):
+                self.phase = "crashed"
+        queued = 0
+        for each in log:
+            if each.status == "queued" or each.seq_id >= self._line.next_seq:
+                # Any of the first ones may have been at the engine.
+                queued += each.status == "queued"
+                entry = self._entry(each, each.status, suspect=queued <= _WINDOW)
+                if each.seq_id >= self._line.next_seq:
+                    self._line.put(entry)
+                else:
+                    self._replay.want()
+        self._go_on()
+
     def _go_on(self) -> None:
-        ready = self.next_seq in self._waiting and not self._held
+        ready = (self._line.head is not None or self._replay.wanted) and not self._held
         if ready and (self._pump is None or self._pump.done()):
             self._pump = self._context.spawn(self._hand_over_all())
         self._watch_for_gap()
 
     async def _hand_over_all(self) -> None:
-        while self.next_seq in self._waiting:
+        while self._line.head is not None or self._replay.wanted:
             await self._window.acquire()
-            if not await self._room():
-                self._window.release()
-                break
-            async with self._moving:
-                if self._held or self.next_seq not in self._waiting:
-                    self._window.release()
+            handed = False
+            try:
+                if not await self._room():
                     break
-                entry = self._waiting.pop(self.next_seq)
-                self.next_seq += 1
-                if entry.refused:
+                async with self._moving:
+                    if self._held:
+                        break
+                    if self.phase in ("away", "crashed"):
+                        await self._rewind()
+                    elif (entry := self._line.head) is not None and await self._may_begin(entry):
+                        self._line.pop()
+                        handed = not entry.refused and await self._hand_over(entry)
+                    elif entry is None:
+                        self._replay.over()
+            finally:
+                if not handed:
                     self._window.release()
-                else:
-                    await self._hand_over(entry)
         self._watch_for_gap()
 
     async def _room(self) -> bool:
@@ -152,10 +137,10 @@ class Run:
         limits = self._context.limits
         try:
             while not (self._held or self._closing):
-                entry = self._waiting.get(self.next_seq)
-                if entry is None or entry.refused:
+                entry = self._line.head
+                if entry is None or entry.refused or (entry.again and self.phase == "live"):
                     return True
-                tokens = entry.kind in ("forward", "forward_backward")
+                tokens = entry.kind in ("forward", "forward_backward") and not entry.again
                 self._paused = limits.pass_training(self.who(entry.key_id), self.row.id, tokens=tokens)
                 if self._paused is None:
                     return True
@@ -170,33 +155,30 @@ class Run:
 
     def waits_for(self, seq_id: int) -> bool:
         """Whether requests have come that stand behind this one, which has not."""
-        return self.next_seq <= seq_id < max(self._waiting, default=0)
+        return self._line.turn <= seq_id < self._line.last
 
     def _watch_for_gap(self) -> None:
         if self._gap_timer is not None:
             self._gap_timer.cancel()
             self._gap_timer = None
-        if self._waiting and self.next_seq not in self._waiting and not self._held:
+        if self._line.gap and not self._held:
             loop = asyncio.get_running_loop()
             due = self._last_arrival + self._context.settings.gap_timeout
             self._gap_timer = loop.call_at(max(due, loop.time()), self._give_up_gap)
 
     def _give_up_gap(self) -> None:
         """The missing number counts as refused; those that waited for it fail, and later ones go on."""
-        missing = self.next_seq
-        behind, self._waiting = self._waiting, {}
-        self.next_seq = max(behind) + 1
+        missing = self._line.next_seq
+        behind = self._line.clear()
+        turn = self._line.next_seq
         log.warning("run %s: seq_id %d never came; %d behind it fail", self.row.id, missing, len(behind))
         message = (
             f"seq_id {missing} of this training run never arrived, and this request waited behind it for"
             f" {self._context.settings.gap_timeout:g} s; {missing} counts as refused, and the run goes on"
-            f" with seq_id {self.next_seq}"
+            f" with seq_id {turn}"
         )
-        for entry in behind.values():
-            if not entry.refused:
-                self._context.spawn(self._fail(entry, message))
-        if self.phase == "away":
-            self._context.spawn(shelf.note(self._context, self.row, self._snapshot, self.next_seq - 1))
+        self._fail_all(behind, message)
+        self._context.store.write_soon(lambda connection: runs.set_turn(connection, self.row.id, turn - 1))
 
     def pending(self) -> Pending:
         """Why a request of this run is not done yet."""
@@ -204,52 +186,112 @@ class Run:
             return Pending("paused_capacity", "the engine is starting")
         if self._paused is not None:
             return Pending("paused_rate_limit", str(self._paused))
-        if self._waiting and self.next_seq not in self._waiting:
-            return Pending("active", f"waiting for the request with seq_id {self.next_seq}")
+        if self._replay.under_way:
+            return Pending("paused_capacity", str(self._replay))
+        if self._line.gap:
+            return Pending("active", f"waiting for the request with seq_id {self._line.next_seq}")
         return Pending()
 
     # Handing a command to the engine
 
-    async def _hand_over(self, entry: Entry) -> None:
+    async def _may_begin(self, entry: Entry) -> bool:
+        """Whether the command whose turn it is may be handed over. If not, something else has happened."""
+        if entry.again:
+            self._replay.redoing = True
+            if (falls := self._replay.falls[entry.seq_id]) >= MOST_FALLS:
+                self._become_lost(
+                    f"the engine died {falls} times while the request with seq_id {entry.seq_id} was replayed"
+                )
+            return self.phase != "lost"
+        if self._replay.redoing:
+            # Nothing new is built upon a state before that is known to be what it was.
+            await self._landed.wait()
+            if self.phase not in ("fresh", "live"):
+                return False
+            self._replay.redoing = False
+        falls = self._replay.falls[entry.seq_id]
+        if falls >= DEADLY or entry.attempts >= MOST_LIVES:
+            self._line.pop()
+            what, times = ("engine", falls) if falls >= DEADLY else ("server", entry.attempts)
+            message = (
+                f"the {what} died {times} times while this request was carried out, the last time with no"
+                " other training request beside it; it is given up and has changed nothing, and the run goes"
+                " on without it"
+            )
+            log.error("%s: %s", entry.request.request_id, message)
+            await self._not_done(entry, None, Failure(message, "server"))
+            return False
+        return True
+
+    async def _hand_over(self, entry: Entry) -> bool:
+        """Whether the engine has it; then it ends in _complete."""
+        falls = self._replay.falls[entry.seq_id]
+        alone = not entry.again and (falls >= IN_COMPANY or entry.attempts > MOST_LIVES // 2)
         step: Step | None = None
+        handed = False
+        await self._company.enter(alone=alone)
         try:
-            if self.phase == "away":
-                await self._bring_back()
-            if (self.phase == "fresh") != (entry.kind in CREATES) or self.phase not in ("fresh", "live"):
+            step = await self._make_step(entry)
+            await self._note_begin(entry, step)
+            if self.phase not in ("fresh", "live"):
                 raise Refusal(await self._why_not())
-            body = entry.body
-            if body is None:
-                assert entry.body_key is not None
-                body = await asyncio.to_thread(self._context.blobs.get, entry.body_key)
-            step = await self._steps.make(entry.kind, entry.seq_id, body, entry.encoding, entry.arrived_at)
-            if self.phase not in ("fresh", "live"):  # the engine died meanwhile
-                raise Refusal(await self._why_not())
-        except Refusal as refusal:
-            category: Category = "server" if self.phase == "lost" else "user"
-            self._leave_unless_live()
-            await self._not_done(entry, step, Failure(str(refusal), category))
-        except EngineLost:
-            self._leave_unless_live()
-            await self._not_done(entry, None, Failure(_ENGINE_STOPPED, "server"))
         except Exception as error:
-            log.exception("run %s: seq_id %d could not be prepared", self.row.id, entry.seq_id)
-            self._leave_unless_live()
-            await self._not_done(entry, None, Failure(f"the server failed: {error}", "server"))
+            if self.phase == "crashed":  # whatever it was: its turn comes in the replay
+                await _undo(step)
+                self._line.put_back(entry)
+            else:
+                await self._not_handed(entry, step, error)
         else:
             # From here on there is no wait until the engine has it, so the order is that of the log.
-            entry.body = None
+            entry.body, handed = None, True
             self.phase = "live"
             replies = [self._context.engine.submit(command) for command in step.commands]
-            self._in_flight += 1
-            self._landed.clear()
-            self._context.spawn(self._complete(entry, step, replies))
+            self._fly(self._complete(entry, step, replies, alone))
+            if entry.kind == "optim_step" and self._snapshots.due:
+                self._take_snapshot(entry.seq_id)
+        finally:
+            if not handed:
+                await self._company.leave(alone=alone)
+        return handed
 
-    def _leave_unless_live(self) -> None:
-        """Give up the place among the concurrent runs that was taken for a run that is not held after all."""
-        if self.phase != "live":
+    async def _note_begin(self, entry: Entry, step: Step) -> None:
+        """Write down what a replay must know of a command before the engine has it."""
+        request_id, loads = entry.request.request_id, step.loads
+        if loads is not None and entry.loaded is None and self.phase != "crashed":
+            await self._context.store.write(lambda c: commands.set_loaded(c, request_id, loads))
+        if entry.suspect:
+            await self._context.store.write(lambda c: commands.begin_again(c, request_id))
+
+    async def _make_step(self, entry: Entry) -> Step:
+        if (self.phase == "fresh") != (entry.kind in CREATES) or self.phase not in ("fresh", "live"):
+            raise Refusal(await self._why_not())
+        if entry.kind in CREATES:
+            shelf.check_base(self._context, self.row)
+        body = entry.body
+        if body is None and entry.body_key is not None:
+            body = await asyncio.to_thread(self._context.blobs.get, entry.body_key)
+        elif body is None:
+            request_id = entry.request.request_id
+            body = await self._context.store.read(lambda connection: commands.body(connection, request_id))
+        return await self._steps.make(
+            entry.kind, entry.seq_id, body or b"", entry.encoding, entry.arrived_at, entry.loaded,
+            again=entry.again,
+        )  # fmt: skip
+
+    async def _not_handed(self, entry: Entry, step: Step | None, error: Exception) -> None:
+        category: Category = "user" if self.phase != "lost" else "server"
+        message = str(error)
+        if not isinstance(error, Refusal):
+            log.error("run %s: seq_id %d could not be prepared", self.row.id, entry.seq_id, exc_info=error)
+            category, message = "server", f"the server failed: {error}"
+        if entry.again:
+            self._become_lost(_diverged(entry, message))
+            return
+        if self.phase != "live":  # the place among the concurrent runs was taken for nothing
             self._context.limits.leave(self.row.id)
+        await self._not_done(entry, step, Failure(message, category))
 
-    async def _complete(self, entry: Entry, step: Step, replies: list[Awaitable[Reply]]) -> None:
+    async def _complete(self, entry: Entry, step: Step, replies: list[Awaitable[Reply]], alone: bool) -> None:
         try:
             reply: Reply | None = None
             failed: Failed | None = None
@@ -258,23 +300,25 @@ class Run:
                 if each is replies[0]:
                     started = reply.times.get("started")
                     self._context.traces.started(entry.request.request_id, started)
+                    self._snapshots.worked(started, time.time())
                 if isinstance(reply, Failed) and failed is None:
                     failed = reply
-            if failed is not None:
+            if entry.again:
+                self._done_again(entry, step, failed)
+            elif failed is not None:
                 await self._not_done(entry, step, Failure(failed.message, failed.category), handed=True)
             else:
                 assert isinstance(reply, Done)
                 await self._done(entry, step, reply)
-        except EngineLost:
-            self._become_lost()
-            await self._not_done(entry, step, Failure(await self._lost(), "server"), handed=True)
+        except EngineLost:  # its outcome comes from the replay
+            self._replay.falls[entry.seq_id] += 1
+            await _undo(step)
         except Exception as error:
             log.exception("run %s: seq_id %d failed", self.row.id, entry.seq_id)
             await self._not_done(entry, step, Failure(f"the server failed: {error}", "server"), handed=True)
         finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._landed.set()
+            self._window.release()
+            await self._company.leave(alone=alone)
 
     async def _done(self, entry: Entry, step: Step, done: Done) -> None:
         outcome = Result(step.answer(done))
@@ -285,134 +329,31 @@ class Run:
         used = self._context.meter.entries(who, self.row.base_model, done.usage)
         self._context.limits.used_tokens(who, sum(done.usage.values()))
         committed = await self._recorder.record(entry.request, outcome, done.usage, extra, used)
-        self._window.release()
         if step.then is not None:
             step.then(committed)
+
+    def _done_again(self, entry: Entry, step: Step, failed: Failed | None) -> None:
+        if failed is not None:
+            self._become_lost(_diverged(entry, failed.message))
+            return
+        self._replay.advance(entry.seq_id)
+        if entry.kind == "save_weights_for_sampler" and step.then is not None:
+            step.then(None)
 
     async def _not_done(
         self, entry: Entry, step: Step | None, failure: Failure, *, handed: bool = False
     ) -> None:
-        if step is not None and step.undo is not None:
-            step.undo()
+        await _undo(step)
         extra: Callable[[Connection], object] | None = None
         if entry.kind in CREATES:
             self.phase, self._why_failed = "failed", failure.message
             extra = lambda connection: runs.set_state(connection, self.row.id, "failed")  # noqa: E731
             if handed and step is not None and len(step.commands) > 1:
                 self._context.spawn(shelf.release(self._context, self.row))
-        self._window.release()
         await self._recorder.record(entry.request, failure, {}, extra)
 
-    async def _fail(self, entry: Entry, message: str | None) -> None:
-        failure = Failure(message or await self._why_not(), "user" if message else "server")
-        await self._recorder.record(entry.request, failure, {}, None)
-
-    async def fail_after_restart(self, request: PendingRequest) -> None:
-        """A command of an earlier life, of which nobody knows whether it was carried out."""
-        message = (
-            await self._why_not()
-            if self.phase in ("lost", "failed", "closed")
-            else "the server stopped before the result of this request was written down"
-        )
-        await self._recorder.record(request, Failure(message, "server"), {}, None)
-
-    # The engine's death, and messages that say what to do now
-
-    def engine_lost(self) -> None:
-        """The engine has died. What it held of this run is gone."""
-        self._deaths += 1
-        self._become_lost()
-        if self.phase == "lost":
-            behind, self._waiting = self._waiting, {}
-            for entry in behind.values():
-                self._context.spawn(self._fail(entry, None))
-
-    def _become_lost(self) -> None:
-        if self.phase == "live":
-            self.phase = "lost"
-            message = "the engine that held this training run stopped, and its state is lost"
-            failure = failure_of_run(self.row.id, "server", message)
-            self._context.store.write_soon(
-                lambda connection: sessions.failed(connection, self.row.session_id, failure, lost=True)
-            )
-
-    async def _why_not(self) -> str:
-        if self.phase == "lost":
-            return await self._lost()
-        if self.phase == "failed":
-            return f"this training run could not be created: {self._why_failed or 'see its create request'}"
-        if self.row.state == "copy":
-            return (
-                "this training run holds a copy of weights and cannot be trained on; create a training client"
-                " from it with create_training_client_from_state()"
-            )
-        if self.phase == "closed":
-            return "the session of this training run has finished; create a new training client"
-        if self.phase == "fresh":
-            return "this training run has not been created yet"
-        return f"this training run exists already ({self.row.id})"
-
-    async def _lost(self) -> str:
-        """What has happened, and the newest state that can be had back."""
-        if self._lost_message is None:
-            newest = await self._context.store.read(
-                lambda connection: checkpoints.newest(
-                    connection, self.row.id, "training", SERVER, time.time()
-                )
-            )
-            remedy = (
-                f"its newest checkpoint is {newest.path} (after seq_id {newest.seq_id}): go on from"
-                f' there with create_training_client_from_state_with_optimizer("{newest.path}")'
-                if newest is not None
-                else "it has no checkpoint: create a new training client, and call save_state now and then"
-            )
-            self._lost_message = (
-                "the state of this training run was in the memory of an engine that stopped, and is lost;"
-                f" {remedy}"
-            )
-        return self._lost_message
-
-    # Moving the whole state out and in
-
-    async def put_away(self) -> None:
-        """Put the run's state into a snapshot and free the engine's memory. Nothing is lost."""
-        async with self._moving:
-            if self.phase != "live" or not self._context.engine.ready:
-                return
-            await self._landed.wait()
-            if self.phase != "live":
-                return
-            with contextlib.suppress(EngineLost):
-                key = await shelf.put_away(self._context, self.row, self.next_seq - 1)
-                if key is not None:
-                    self.phase, self._snapshot = "away", key
-
-    async def _bring_back(self) -> None:
-        """Load the snapshot. It is given up in the moment before the first command that outdates it."""
-        key = self._snapshot
-        assert key is not None
-        before = self.next_seq - 2  # the place before the command that is being handed over
-        for attempt in range(_ATTEMPTS):
-            deaths = self._deaths
-            try:
-                await shelf.bring_back(self._context, self.row, key, before)
-            except EngineLost:
-                if attempt + 1 == _ATTEMPTS:
-                    raise
-                continue
-            await shelf.note(self._context, self.row, None, None)
-            if deaths == self._deaths:
-                break
-            # The engine died in this very moment: the snapshot is what there is.
-            await shelf.note(self._context, self.row, key, before)
-        else:
-            raise EngineLost(_ENGINE_STOPPED)
-        self.phase, self._snapshot = "live", None
-        self._context.spawn(asyncio.to_thread(self._context.blobs.delete, key))
-
     async def close(self) -> None:
-        """The session has finished: what has arrived is carried out, unless it waits for a limit; then the
-        memory is freed."""
+        """The session has finished: what is under way is carried out, then the memory is freed."""
         self._closing = True
         self._context.limits.wake()
         async with self._moving:
@@ -423,12 +364,15 @@ class Run:
         await self._landed.wait()
         if self.phase == "live":
             await shelf.release(self._context, self.row)
-        if self.phase in ("live", "away", "fresh"):
+        if self.phase in ("live", "away", "crashed", "fresh"):
             self.phase = "closed"
-        behind, self._waiting = self._waiting, {}
+        self._replay.over()
+        behind = self._line.clear()
         self._watch_for_gap()
-        for entry in behind.values():
-            await self._fail(entry, None)
+        for entry in behind:
+            if not entry.refused and not entry.again:
+                await self._fail(entry, None)
+        await self.fail_open()
 
     def move(self, project_id: str) -> None:
         """Its session was put into another project."""
@@ -444,26 +388,21 @@ class Run:
     @property
     def busy(self) -> bool:
         """Whether something of this run is under way, or could go on at once."""
-        return self._in_flight > 0 or (self.next_seq in self._waiting and self._paused is None)
+        waits = self._line.head is not None or self._replay.wanted
+        return bool(self._in_flight) or (waits and not self._held and self._paused is None)
 
     @property
     def lost(self) -> bool:
         return self.phase == "lost"
 
 
-_ATTEMPTS = 3  # at bringing a run back, where the engine dies meanwhile
-_ENGINE_STOPPED = "the engine stopped again and again while this training run was brought back; try again"
+async def _undo(step: Step | None) -> None:
+    if step is not None and step.undo is not None:
+        await step.undo()
 
 
-def _phase_of(row: RunRow) -> Phase:
-    """The phase of a run that no engine of this life has held yet."""
-    if row.state == "failed":
-        return "failed"
-    if row.state == "fresh":
-        return "fresh"
-    if row.state == "copy":
-        return "closed"
-    return "away" if row.snapshot is not None else "lost"
+def _diverged(entry: Entry, message: str) -> str:
+    return f"the request with seq_id {entry.seq_id} was done, and failed when it was replayed: {message}"
 
 
 def encode(values: dict[str, object]) -> bytes:

@@ -12,15 +12,18 @@ from functools import partial
 from tinsmith.store import Connection, commands, runs
 from tinsmith.store.commands import CommandRow
 from tinsmith.store.runs import RunRow
+from tinsmith.store.samplers import SamplingSessionRow
 from tinsmith.store.scope import SERVER, Scope
 from tinsmith.wire.requests import Target
 
 from .caller import Caller
+from .company import Company
 from .context import Context
 from .errors import NotFound, OverBudget, Unwritable
 from .futures import Failure, Outcome, Pending, PendingRequest
+from .line import Entry
 from .recorder import INLINE, Recorder, note_failure
-from .run import Entry, Run
+from .run import Run
 from .sessions import Sessions
 from .steps import Samplers
 
@@ -41,11 +44,13 @@ class Runs:
         self._sessions = sessions
         self._samplers = samplers
         self._recorder = Recorder(context)
+        self._company = Company()
         self._runs: dict[str, Run] = {}
         self._used: dict[str, float] = {}
         sessions.on_finish.append(self._session_finished)
         sessions.on_silence.append(self._session_silent)
         sessions.on_move.append(self._session_moved)
+        samplers.revivable, samplers.revive = self._revivable, self._revive
         context.engine.on_lost(self._engine_lost)
 
     # Into the log
@@ -66,7 +71,7 @@ class Runs:
         async def create() -> None:
             if await self._context.write(write):
                 self._trace(row, command, body)
-                self._accept(Run(self._context, self._recorder, row, self._samplers), command)
+                self._accept(self._make(row), command)
 
         await asyncio.shield(self._context.spawn(create()))
         return Receipt(command.request_id, row.id)
@@ -110,6 +115,8 @@ class Runs:
         refusal: str | None,
         key_id: str,
     ) -> str:
+        if refusal is None:
+            refusal = run.too_late(seq_id)
         command = self._command(run.row, seq_id, kind, body, refusal, encoding, key_id)
         if self._recorder.find(command.request_id) is not None:
             return command.request_id
@@ -218,16 +225,18 @@ class Runs:
         row = await store.read(partial(runs.get, run_id=run_id, scope=scope))
         if row is None:
             return None
-        run = Run(self._context, self._recorder, row, self._samplers)
+        run = self._make(row)
         if await self._sessions.is_finished(row.session_id):
             run.phase = "closed"
-        logged = await store.read(partial(commands.of_run, run_id=run_id, scope=scope, since=run.next_seq))
+        since = 0 if row.snapshot_seq is None else row.snapshot_seq + 1
+        logged = await store.read(partial(commands.log_of_run, run_id=run_id, scope=scope, since=since))
         known = self._runs.setdefault(run_id, run)
-        if known is run and run.phase in ("fresh", "away"):
-            # What arrived after the state that is there: refused ones have used up their places.
-            for command in logged:
-                self._accept(run, command)
+        if known is run:
+            run.take_up(logged)
         return known
+
+    def _make(self, row: RunRow) -> Run:
+        return Run(self._context, self._recorder, row, self._samplers, self._company)
 
     async def outcome(
         self, caller: Caller, request_id: str, seconds: float, closing: asyncio.Future[None]
@@ -259,10 +268,25 @@ class Runs:
         for run_id in await store.read(partial(commands.runs_with_queued, scope=SERVER)):
             run = await self._find(run_id, SERVER)
             assert run is not None
-            for command in await store.read(partial(commands.of_run, run_id=run_id, scope=SERVER)):
-                if command.status == "queued" and self._recorder.find(command.request_id) is None:
+            if run.phase in ("lost", "failed", "closed"):
+                await run.fail_open()
+                continue
+            log_ = await store.read(partial(commands.log_of_run, run_id=run_id, scope=SERVER, queued=True))
+            for command in log_:
+                if self._recorder.find(command.request_id) is None:
                     request = PendingRequest(command.request_id)
                     await run.fail_after_restart(self._recorder.expect(request))
+
+    async def _revivable(self, row: SamplingSessionRow) -> bool:
+        if row.run_id is None or row.seq_id is None:
+            return False
+        run = await self._find(row.run_id, SERVER)
+        return run is not None and await run.will_publish(row.seq_id)
+
+    async def _revive(self, row: SamplingSessionRow) -> None:
+        run = await self._find(row.run_id, SERVER) if row.run_id is not None else None
+        if run is not None:
+            await run.revive()
 
     def _engine_lost(self, _generation: int) -> None:
         for run in self._runs.values():
@@ -303,7 +327,7 @@ class Runs:
             for task in late:
                 task.cancel()
                 log.error(
-                    "run %s is not done after %g s, and its state is lost; start from a checkpoint",
+                    "run %s is not done after %g s; it is replayed after the next start",
                     work[task].row.id,
                     seconds,
                 )
@@ -321,13 +345,10 @@ class Runs:
     def last_used(self, row: RunRow) -> float:
         return max(row.last_request_at, self._used.get(row.id, 0.0))
 
-    async def is_lost(self, row: RunRow) -> bool:
-        """Whether nothing but checkpoints is left of a run."""
+    def is_lost(self, row: RunRow) -> bool:
+        """Whether nothing but checkpoints is known to be left of a run."""
         run = self._runs.get(row.id)
-        if run is not None:
-            return run.lost
-        finished = await self._sessions.is_finished(row.session_id)
-        return row.state == "live" and row.snapshot is None and not finished
+        return run.lost if run is not None else row.lost is not None
 
     @property
     def pending(self) -> int:

@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 
@@ -41,6 +41,9 @@ class Samplers:
         # Samplers that the engine of this life holds, and those that are being opened.
         self._open: set[str] = set()
         self._opening: dict[str, asyncio.Task[str | None]] = {}
+        # See the protocol in steps.py.
+        self.revivable: Callable[[SamplingSessionRow], Awaitable[bool]] | None = None
+        self.revive: Callable[[SamplingSessionRow], Awaitable[None]] | None = None
         sessions.on_finish.append(self._release_unnamed)
         sessions.on_silence.append(self._release_unnamed)
         context.engine.on_lost(self._engine_lost)
@@ -128,6 +131,8 @@ class Samplers:
         if row.ephemeral:
             if row.folder is not None and self._context.blobs.path(row.folder).exists():
                 return None
+            if self.revivable is not None and await self.revivable(row):
+                return None
             return (
                 f"the weights of {row.id} were never saved under a name, and went with the engine or the"
                 " session that held them; make a new sampling client with"
@@ -143,6 +148,16 @@ class Samplers:
             f"{row.model_path} is gone: it was deleted or replaced since this sampling client was made, or"
             " its TTL has ended; make a new sampling client from a checkpoint that there is"
         )
+
+    async def held(self, row: SamplingSessionRow) -> None:
+        """Wait until the engine holds weights without a name that a replay brings back. Raises EngineLost
+        where it does not."""
+        # Inflight ones are there while an earlier command has published them; the newest are meant.
+        if row.ephemeral and (row.sampler not in self._open or row.sampler != row.id):
+            if self.revive is not None:
+                await self.revive(row)
+            if row.sampler not in self._open:
+                raise EngineLost("the weights did not come back")
 
     def begin_to_open(self, row: SamplingSessionRow) -> asyncio.Task[str | None] | None:
         """Make the engine know a checkpoint's weights. None where it does."""

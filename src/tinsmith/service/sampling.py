@@ -186,6 +186,8 @@ class Sampling:
                 return Failure(
                     f"the weights {row.model_path or row.id} could not be opened: {wrong}", "server"
                 )
+        elif row.folder is None:
+            await self._samplers.held(row)
         if sample.request.outcome is not None:  # cancelled meanwhile
             return sample.request.outcome
         reply = await self._context.engine.submit(

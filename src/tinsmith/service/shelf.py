@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import uuid
@@ -15,7 +16,7 @@ from tinsmith.engine.commands import (
     ReleaseRun,
     SaveState,
 )
-from tinsmith.store import runs
+from tinsmith.store import Connection, commands, runs
 from tinsmith.store.runs import RunRow
 
 from .context import Context
@@ -24,24 +25,33 @@ from .errors import Refusal
 log = logging.getLogger("tinsmith.service.shelf")
 
 
+def new_snapshot(context: Context, row: RunRow, seq_id: int) -> tuple[str, SaveState]:
+    """The key of a new snapshot, and the command that writes it."""
+    key = f"snapshots/{uuid.uuid4().hex}"
+    return key, SaveState(row.id, seq_id, str(context.blobs.path(key)), gradients=True)
+
+
 async def put_away(context: Context, row: RunRow, seq_id: int) -> str | None:
     """The snapshot's key, once it is on the disk and the engine's memory is free. None if it cannot be
     made, and the run stays where it is. Raises EngineLost."""
-    key = f"snapshots/{uuid.uuid4().hex}"
-    command = SaveState(row.id, seq_id, str(context.blobs.path(key)), gradients=True)
+    key, command = new_snapshot(context, row, seq_id)
     reply = await context.engine.submit(command)
     if isinstance(reply, Failed):
         log.error("run %s stays in memory: %s", row.id, reply.message)
         return None
-    await note(context, row, key, seq_id)
+    if not await note(context, row, key, seq_id):
+        log.error("run %s stays in memory: the results of its requests could not be logged", row.id)
+        await asyncio.to_thread(context.blobs.delete, key)
+        return None
     await release(context, row)  # before the run can be created anew
     log.info("run %s put away after seq_id %d", row.id, seq_id)
     return key
 
 
 async def bring_back(context: Context, row: RunRow, key: str, seq_id: int) -> None:
-    """Make the engine hold the run as it was after `seq_id`. Raises Refusal, EngineLost."""
-    _check_base(context, row)
+    """Make the engine hold the run as it was after `seq_id`, from a snapshot or a training checkpoint. Raises
+    Refusal, EngineLost."""
+    check_base(context, row)
     lora = LoraSpec(**row.lora)  # type: ignore[arg-type]
     path = str(context.blobs.path(key))
     replies = [
@@ -64,9 +74,19 @@ async def bring_back(context: Context, row: RunRow, key: str, seq_id: int) -> No
     log.info("run %s brought back after seq_id %d", row.id, seq_id)
 
 
-async def note(context: Context, row: RunRow, key: str | None, seq_id: int | None) -> None:
-    """Write down where a run's state lies, and up to which command."""
-    await context.store.write(lambda connection: runs.set_snapshot(connection, row.id, key, seq_id))
+async def note(context: Context, row: RunRow, key: str, seq_id: int) -> bool:
+    """Write down where a run's state lies, and up to which command; an earlier snapshot goes. False where the
+    outcome of one of those commands is not in the log: a replay would have to go further back for it."""
+
+    def write(connection: Connection) -> tuple[bool, str | None]:
+        if not commands.is_settled(connection, row.id, seq_id):
+            return False, None
+        return True, runs.set_snapshot(connection, row.id, key, seq_id)
+
+    kept, earlier = await context.store.write(write)
+    if earlier is not None:
+        await asyncio.to_thread(context.blobs.delete, earlier)
+    return kept
 
 
 async def release(context: Context, row: RunRow) -> None:
@@ -75,8 +95,8 @@ async def release(context: Context, row: RunRow) -> None:
         await context.engine.submit(ReleaseRun(row.id))
 
 
-def _check_base(context: Context, row: RunRow) -> None:
-    """A run goes on with the base model that it began with, or not at all."""
+def check_base(context: Context, row: RunRow) -> None:
+    """A run goes on with the base model that it began with, or not at all. Raises Refusal."""
     model = context.engine.info.models.get(row.base_model)
     if model is None:
         raise Refusal(

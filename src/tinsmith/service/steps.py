@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -56,14 +56,16 @@ class Step:
     """Engine commands, submitted one behind the other; the answer is made from the last one's.
 
     `commit` is written in the transaction that records the answer, and `then` runs after it.
-    `undo` runs if it was not done after all. A step with `commit` is answered when that is durable.
+    `undo` runs if it was not done after all; once it has, the command can be begun anew. A step with `commit`
+    is answered when that is durable.
     """
 
     commands: tuple[Command, ...]
     answer: Callable[[Done], Payload]
     commit: Callable[[Connection, Done], object] | None = None
     then: Callable[[object], None] | None = None
-    undo: Callable[[], None] | None = None
+    undo: Callable[[], Awaitable[None]] | None = None
+    loads: str | None = None  # the id of the checkpoint that is loaded
 
 
 @dataclass(slots=True)
@@ -90,7 +92,11 @@ class Saves:
 
 
 class Samplers(Protocol):
-    """Who is told of what the engine holds to sample from."""
+    """Who is told of what the engine holds to sample from. `revivable` says whether the replay of a run
+    publishes weights without a name once more; `revive` waits for that."""
+
+    revivable: Callable[[SamplingSessionRow], Awaitable[bool]] | None
+    revive: Callable[[SamplingSessionRow], Awaitable[None]] | None
 
     def published(self, sampler: str) -> None:
         """The engine holds it from now on."""
@@ -108,7 +114,19 @@ class StepMaker:
     saves: Saves
     samplers: Samplers
 
-    async def make(self, kind: str, seq_id: int, body: bytes, encoding: str, arrived_at: float) -> Step:
+    async def make(
+        self,
+        kind: str,
+        seq_id: int,
+        body: bytes,
+        encoding: str,
+        arrived_at: float,
+        loaded: str | None = None,
+        *,
+        again: bool = False,
+    ) -> Step:
+        """`loaded`: the id of the checkpoint that a load took when it was first begun. With `again` the
+        command was done before, and is asked of the engine for what it did there alone. Raises Refusal."""
         if kind in ("forward_backward", "forward"):
             command = ForwardBackward(
                 self.run.id,
@@ -126,11 +144,13 @@ class StepMaker:
         if kind == "create_model":
             return self._create(values)
         if kind == "create_by_load":
-            return await self._create_by_load(seq_id, values)
+            return await self._create_by_load(seq_id, values, loaded)
         if kind == "load_weights":
-            return await self._load(seq_id, values)
+            return await self._load(seq_id, values, loaded)
         if kind == "save_weights":
             return await self._save(seq_id, values)
+        if kind == "save_weights_for_sampler" and again:
+            return self._publish_again(seq_id, values)
         if kind == "save_weights_for_sampler":
             return await self._publish(seq_id, values)
         if kind == "save_weights_external":
@@ -153,8 +173,8 @@ class StepMaker:
             commit=lambda connection, _: runs.set_state(connection, self.run.id, "live"),
         )
 
-    async def _create_by_load(self, seq_id: int, values: dict[str, Any]) -> Step:
-        load = await self._load(seq_id, values)
+    async def _create_by_load(self, seq_id: int, values: dict[str, Any], loaded: str | None) -> Step:
+        load = await self._load(seq_id, values, loaded)
         create = self._adapter(LoraSpec(**values["lora"]))
         load.commands = (create, *load.commands)
         noted = load.commit
@@ -167,11 +187,14 @@ class StepMaker:
         load.commit = commit
         return load
 
-    async def _load(self, seq_id: int, values: dict[str, Any]) -> Step:
+    async def _load(self, seq_id: int, values: dict[str, Any], loaded: str | None) -> Step:
         path = TinkerPath.parse(values["path"])
         if path.run == self.run.id:
             await self.saves.settled(path)
-        checkpoint, source = await find_checkpoint(self.context, path, scope_of(values))
+        if loaded is not None:  # whatever the path means by now
+            checkpoint, source = await get_checkpoint(self.context, path, loaded)
+        else:
+            checkpoint, source = await find_checkpoint(self.context, path, scope_of(values))
         if values["optimizer"] and checkpoint.kind != "training":
             raise Refusal(
                 f"optimizer: {path} has weights alone, and no optimizer state; load it without, or load a"
@@ -190,6 +213,7 @@ class StepMaker:
             commit=lambda connection, _: record_reads(
                 connection, values.get("read_by", ()), path, "training"
             ),
+            loads=checkpoint.id,
         )
 
     async def _save(self, seq_id: int, values: dict[str, Any]) -> Step:
@@ -237,11 +261,21 @@ class StepMaker:
             undo=lambda: self._not_saved(release, row.folder),
         )
 
+    def _unnamed(self, values: dict[str, Any]) -> str:
+        """What the engine knows weights without a name by. To it all inflight samplers of a run are one: a
+        new save replaces the weights of all."""
+        return f"inflight-{self.run.id}" if values.get("inflight") else str(values["sampling_session_id"])
+
+    def _publish_again(self, seq_id: int, values: dict[str, Any]) -> Step:
+        sampler = self._unnamed(values)
+        return Step(
+            (Publish(self.run.id, seq_id, sampler),),
+            answer=lambda _: {},
+            then=lambda _: self.samplers.published(sampler),
+        )
+
     async def _publish_ephemeral(self, seq_id: int, values: dict[str, Any]) -> Step:
-        sampler = values["sampling_session_id"]
-        if values.get("inflight"):
-            # To the engine all inflight samplers of a run are one: a new save replaces the weights of all.
-            sampler = f"inflight-{self.run.id}"
+        sampler = self._unnamed(values)
         row = SamplingSessionRow(
             id=values["sampling_session_id"],
             org_id=self.run.org_id,
@@ -252,6 +286,8 @@ class StepMaker:
             sampler=sampler,
             folder=None,
             ephemeral=True,
+            run_id=self.run.id,
+            seq_id=seq_id,
         )
         if (
             await self.context.store.read(lambda connection: samplers.get(connection, row.id, SERVER))
@@ -334,9 +370,9 @@ class StepMaker:
             self.samplers.forget_checkpoint(replaced.id)
             self.context.spawn(self.context.drop_files(replaced.folder))
 
-    def _not_saved(self, release: Callable[[], None], folder: str) -> None:
+    async def _not_saved(self, release: Callable[[], None], folder: str) -> None:
         release()
-        self.context.spawn(asyncio.to_thread(self.context.blobs.delete, folder))
+        await asyncio.to_thread(self.context.blobs.delete, folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,12 +401,32 @@ async def find_checkpoint(
         run = runs.get(connection, row.run_id, SERVER) if row is not None else None
         if row is None or run is None:
             return None
-        return row, Source(run.project_id, run.base_model, run.fingerprint, run.lora, run.optimizer)
+        return row, _source(run)
 
     found = await context.store.read(look)
     if found is None:
         raise Refusal(f"path: there is no checkpoint {path}; `tinker checkpoint list` shows yours")
     return found
+
+
+async def get_checkpoint(
+    context: Context, path: TinkerPath, checkpoint_id: str
+) -> tuple[CheckpointRow, Source]:
+    """The checkpoint that a load took, which was allowed to it then. Raises Refusal if it is gone."""
+
+    def look(connection: Connection) -> tuple[CheckpointRow, Source] | None:
+        row = checkpoints.get(connection, checkpoint_id, SERVER, 0.0)
+        run = runs.get(connection, row.run_id, SERVER) if row is not None else None
+        return (row, _source(run)) if row is not None and run is not None else None
+
+    found = await context.store.read(look)
+    if found is None:
+        raise Refusal(f"path: the checkpoint {path}, which was loaded here, is gone")
+    return found
+
+
+def _source(run: RunRow) -> Source:
+    return Source(run.project_id, run.base_model, run.fingerprint, run.lora, run.optimizer)
 
 
 def scope_of(values: dict[str, Any]) -> Scope:

@@ -37,6 +37,23 @@ class CommandRow:
     key_id: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """A command as a replay sees it: all but its body and its outcome."""
+
+    seq_id: int
+    request_id: str
+    kind: str
+    encoding: str
+    inline: bool  # whether the body is in the row
+    body_key: str | None
+    arrived_at: float
+    status: Status
+    key_id: str | None
+    loaded: str | None  # the id of the checkpoint that a load took
+    attempts: int
+
+
 _COLUMNS = [commands.c[name] for name in CommandRow.__dataclass_fields__]
 _SELECT = sa.select(*_COLUMNS)
 # What every request needs is built once: building a statement takes longer than carrying it out.
@@ -110,10 +127,51 @@ def by_request(connection: sa.Connection, request_id: str, scope: Scope) -> Comm
     return CommandRow(*row) if row is not None else None
 
 
-def of_run(connection: sa.Connection, run_id: str, scope: Scope, since: int = 0) -> list[CommandRow]:
-    """A run's commands from seq_id `since` on, in order."""
-    query = _SELECT.where(scope.rows(commands), commands.c.run_id == run_id, commands.c.seq_id >= since)
-    return [CommandRow(*row) for row in connection.execute(query.order_by(commands.c.seq_id))]
+def log_of_run(
+    connection: sa.Connection, run_id: str, scope: Scope, since: int = 0, *, queued: bool = False
+) -> list[Logged]:
+    """A run's commands from seq_id `since` on, in order; with `queued` those alone that have no outcome."""
+    c = commands.c
+    query = (
+        sa.select(
+            c.seq_id, c.request_id, c.kind, c.encoding, c.body.is_not(None), c.body_key, c.arrived_at,
+            c.status, c.key_id, c.loaded, c.attempts,
+        )
+        .where(scope.rows(commands), c.run_id == run_id, c.seq_id >= since)
+        .order_by(c.seq_id)
+    )  # fmt: skip
+    if queued:
+        query = query.where(c.status == "queued")
+    return [Logged(*row) for row in connection.execute(query)]
+
+
+def body(connection: sa.Connection, request_id: str) -> bytes | None:
+    """The body that is in a command's row."""
+    found: bytes | None = connection.scalar(
+        sa.select(commands.c.body).where(commands.c.request_id == request_id)
+    )
+    return found
+
+
+def is_settled(connection: sa.Connection, run_id: str, seq: int) -> bool:
+    """Whether the outcomes of all of a run's commands up to `seq` are written down."""
+    open_ = sa.select(commands.c.pk).where(
+        commands.c.run_id == run_id, commands.c.seq_id <= seq, commands.c.status == "queued"
+    )
+    return connection.scalar(open_.limit(1)) is None
+
+
+def set_loaded(connection: sa.Connection, request_id: str, checkpoint_id: str) -> None:
+    """Write down which checkpoint a load takes, before it does."""
+    connection.execute(
+        commands.update().where(commands.c.request_id == request_id).values(loaded=checkpoint_id)
+    )
+
+
+def begin_again(connection: sa.Connection, request_id: str) -> None:
+    """Count that a command, whose outcome a crash has cost, is begun again."""
+    mine = commands.c.request_id == request_id
+    connection.execute(commands.update().where(mine).values(attempts=commands.c.attempts + 1))
 
 
 def runs_with_queued(connection: sa.Connection, scope: Scope) -> list[str]:
@@ -146,9 +204,10 @@ def drop_results(connection: sa.Connection, fetched_before: float, limit: int = 
 
 
 def drop_replayable_bodies(connection: sa.Connection, limit: int = 1000) -> list[str]:
-    """Forget the bodies of commands that no replay needs: they come before the last optimizer step
-    that a training checkpoint of their run contains (after it, gradients may have been accumulated
-    that a checkpoint does not hold), or their session has finished. Answers the blobs, as above."""
+    """Forget the bodies of commands that no replay needs. They changed nothing (they failed, or went
+    forward alone); or are in a snapshot; or come before the last optimizer step that a training checkpoint
+    without a TTL of their run contains (after it, gradients may have been accumulated that a checkpoint
+    does not hold); or their session has finished. Answers the blobs, as above."""
     step = commands.alias("step")
     saved = (
         sa.select(sa.func.max(step.c.seq_id))
@@ -159,22 +218,25 @@ def drop_replayable_bodies(connection: sa.Connection, limit: int = 1000) -> list
             step.c.status == "done",
             step.c.seq_id < checkpoints.c.seq_id,
             checkpoints.c.kind == "training",
+            checkpoints.c.expires_at.is_(None),
         )
         .scalar_subquery()
     )
+    written = sa.select(runs.c.snapshot_seq).where(runs.c.id == commands.c.run_id).scalar_subquery()
     finished = (
         sa.select(sessions.c.id)
         .join(runs, runs.c.session_id == sessions.c.id)
         .where(runs.c.id == commands.c.run_id, sessions.c.finished_at.is_not(None))
         .exists()
     )
+    needless = (commands.c.status == "failed") | (commands.c.kind == "forward")
     old = list(
         connection.execute(
             sa.select(commands.c.pk, commands.c.body_key)
             .where(
                 commands.c.body_key.is_not(None),
                 commands.c.status != "queued",
-                (commands.c.seq_id < saved) | finished,
+                needless | (commands.c.seq_id < saved) | (commands.c.seq_id <= written) | finished,
             )
             .limit(limit)
         )

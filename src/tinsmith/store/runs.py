@@ -36,6 +36,8 @@ class RunRow:
     snapshot: str | None = None
     snapshot_seq: int | None = None
     optimizer: Family = "adamw"
+    turn_seq: int | None = None
+    lost: str | None = None
 
 
 def add(connection: sa.Connection, row: RunRow) -> bool:
@@ -78,8 +80,21 @@ def set_state(connection: sa.Connection, run_id: str, state: RunState) -> None:
     connection.execute(runs.update().where(runs.c.id == run_id).values(state=state))
 
 
-def set_snapshot(connection: sa.Connection, run_id: str, snapshot: str | None, seq: int | None) -> None:
+def set_snapshot(connection: sa.Connection, run_id: str, snapshot: str, seq: int) -> str | None:
+    """Write down where a run's state after the command `seq` lies. Answers the earlier snapshot, which
+    nothing needs any more."""
+    earlier: str | None = connection.scalar(sa.select(runs.c.snapshot).where(runs.c.id == run_id))
     connection.execute(runs.update().where(runs.c.id == run_id).values(snapshot=snapshot, snapshot_seq=seq))
+    return earlier
+
+
+def set_turn(connection: sa.Connection, run_id: str, seq: int) -> None:
+    """All numbers up to `seq` have had their turn."""
+    connection.execute(runs.update().where(runs.c.id == run_id).values(turn_seq=seq))
+
+
+def set_lost(connection: sa.Connection, run_id: str, why: str) -> None:
+    connection.execute(runs.update().where(runs.c.id == run_id).values(lost=why))
 
 
 def drop_snapshots(connection: sa.Connection, session_id: str) -> list[str]:

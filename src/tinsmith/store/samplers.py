@@ -22,6 +22,8 @@ class SamplingSessionRow:
     folder: str | None
     ephemeral: bool
     clones: int = 0
+    run_id: str | None = None
+    seq_id: int | None = None
 
 
 def add(connection: sa.Connection, row: SamplingSessionRow) -> SamplingSessionRow:
@@ -60,6 +62,20 @@ def ephemeral(connection: sa.Connection, scope: Scope) -> list[SamplingSessionRo
         .where(scope.rows(sampling_sessions), scope.rows(sessions))
         .where(sampling_sessions.c.ephemeral, sessions.c.finished_at.is_(None))
         .order_by(sampling_sessions.c.created_at.desc())
+    )
+    return [SamplingSessionRow(**row._mapping) for row in connection.execute(query)]
+
+
+def published_by(
+    connection: sa.Connection, run_id: str, scope: Scope, since: int
+) -> list[SamplingSessionRow]:
+    """Those without a name that a run's commands from seq_id `since` on have published."""
+    query = sampling_sessions.select().where(
+        scope.rows(sampling_sessions),
+        sampling_sessions.c.run_id == run_id,
+        sampling_sessions.c.session_id == run_id.partition(":train:")[0],
+        sampling_sessions.c.seq_id >= since,
+        sampling_sessions.c.ephemeral,
     )
     return [SamplingSessionRow(**row._mapping) for row in connection.execute(query)]
 

@@ -218,9 +218,12 @@ runs = Table(
     Column("fingerprint", String(256), nullable=False),
     Column("dtype", String(16), nullable=False),
     Column("versions", Text, nullable=False),
-    # Where the whole state lies while no engine holds the run, and the last command that is in it.
+    # Where the newest snapshot of the whole state lies, and the last command that is in it.
     Column("snapshot", String(256)),
     Column("snapshot_seq", BigInteger),
+    # The last number that was given up: whatever had not come by then counts as refused.
+    Column("turn_seq", BigInteger),
+    Column("lost", Text),  # why the state cannot be had back from the log, once that is known
     UniqueConstraint("session_id", "model_seq_id"),
     Index(None, "org_id", "created_at"),
     Index(None, "project_id"),
@@ -250,6 +253,10 @@ commands = Table(
     Column("category", String(16)),
     Column("finished_at", Float),
     Column("fetched_at", Float),
+    Column("loaded", String(64)),  # the id of the checkpoint that a load took, whatever its path means later
+    Column(
+        "attempts", Integer, nullable=False, server_default="0"
+    ),  # begun again after a crash, so many times
     UniqueConstraint("run_id", "seq_id"),
     Index(None, "status"),
     Index(None, "fetched_at"),
@@ -329,6 +336,9 @@ sampling_sessions = Table(
     Column("folder", String(256)),
     Column("ephemeral", Boolean, nullable=False),
     Column("clones", BigInteger, nullable=False),
+    # Of weights without a name: the command that published them, whose replay does it again.
+    Column("run_id", String(128)),
+    Column("seq_id", BigInteger),
     Index(None, "session_id"),
 )
 

@@ -84,7 +84,7 @@ def encode_response(sequences: Sequence[Sampled], prompt: PromptAnswers, cached_
             (message.prompt_alt_tokens.logprobs, drawn.logprobs.astype("<f4").tobytes(), pb.DTYPE_FLOAT32),
         ):
             tensor.dtype, tensor.shape[:], tensor.dense = dtype, drawn.token_ids.shape, values
-    data: bytes = message.SerializeToString()
+    data: bytes = message.SerializeToString(deterministic=True)
     return data
 
 

@@ -226,5 +226,5 @@ def encode_output(
             field.dtype = pb.DTYPE_INT64 if arrays[0].dtype == np.int64 else pb.DTYPE_FLOAT32
             field.trailing_shape.extend(trailing)
         start = stop
-    data: bytes = message.SerializeToString()
+    data: bytes = message.SerializeToString(deterministic=True)
     return data
