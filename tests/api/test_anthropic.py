@@ -114,6 +114,16 @@ def test_an_answer_that_has_begun_goes_on(client: anthropic.Anthropic, tokenizer
     assert count == client.messages.count_tokens(model=MODEL, messages=ASK).input_tokens + 4
 
 
+def test_turns_of_one_role_are_one_turn(client: anthropic.Anthropic) -> None:
+    def count(*messages: dict) -> int:
+        return client.messages.count_tokens(model=MODEL, messages=list(messages)).input_tokens
+
+    block = {"role": "user", "content": [{"type": "text", "text": "world"}]}
+    assert count(*ASK, block) == count({"role": "user", "content": "hello\nworld"})
+    said = [{"role": "assistant", "content": text} for text in ("a", "b")]
+    assert count(*ASK, *said) == count(*ASK, {"role": "assistant", "content": "a\nb"})
+
+
 def test_stop_sequences(client: anthropic.Anthropic, weights: str) -> None:
     whole, stop = ANSWER, "東京"
     answer = say(client, model=weights, stop_sequences=[stop], max_tokens=60)
@@ -167,6 +177,11 @@ def test_thoughts_are_blocks_where_they_are_asked_for(client: anthropic.Anthropi
             "messages[0].content[0].source.data: is an image, which tests/tiny does not take",
         ),
         ({"thinking": {"type": "between_tools"}}, "thinking.type"),
+        ({"tools": [{**TOOLS[0], "defer_loading": True}]}, "tools[0].defer_loading"),
+        ({"tools": [*TOOLS, *TOOLS]}, "tools[1].name"),
+        ({"extra_body": {"tool_choice": {}}}, "tool_choice.type"),
+        ({"extra_body": {"context_management": {"edits": [{}]}}}, "context_management"),
+        ({"extra_body": {"metadata": {"user_id": 5}}}, "metadata.user_id"),
         ({"extra_body": {"output_config": {"effort": "low"}}}, "output_config.effort"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"),

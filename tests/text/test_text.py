@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 import tinsmith
 from tinsmith.text.tokenizer import Detokenizer, TextError, Tokenizer
@@ -27,6 +28,18 @@ def test_loading_and_using_a_tokenizer_brings_no_torch() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["False", "False"]
+
+
+def test_a_template_for_tools_is_taken_where_there_are_some() -> None:
+    folder = PreTrainedTokenizerFast.from_pretrained(MODEL)
+    folder.chat_template = {
+        "default": "plain",
+        "tool_use": "{% for tool in tools %}tools{% endfor %}",
+    }
+    tokenizer = Tokenizer(folder)
+    said, tool = [{"role": "user", "content": "x"}], {"type": "function", "function": {"name": "f"}}
+    assert tokenizer.decode(tokenizer.chat(said, None, {})) == "plain"
+    assert tokenizer.decode(tokenizer.chat(said, [tool], {})) == "tools"
 
 
 def test_no_character_is_cut(tokenizer: Tokenizer) -> None:

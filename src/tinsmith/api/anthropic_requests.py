@@ -13,9 +13,10 @@ from .doors import read_stops, read_top_p, refuse_unknown, refuse_unless
 
 _INT32 = 2**31 - 1
 _PROMPT = {"model", "messages", "system", "tools", "tool_choice", "thinking", "cache_control"}
-_PROMPT |= {"output_config", "speed"}
+_PROMPT |= {"output_config", "speed", "context_management"}
 _SAMPLING = {"max_tokens", "metadata", "stop_sequences", "stream", "temperature", "top_k", "top_p"}
 _SAMPLING |= {"service_tier"}
+_KEEP = {"type": "clear_thinking_20251015", "keep": "all"}  # thoughts of earlier turns, as always here
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,9 @@ class MessagesRequest:
         _check_labels(fields)
         refuse_unless(fields, "service_tier", "auto", "standard_only")
         refuse_unless(fields, "speed", "standard")
-        chat = Chat(thinking=_read_thinking(fields))
+        refuse_unless(fields, "context_management", {}, {"edits": []}, {"edits": [_KEEP]})
+        chat = Chat()
+        _read_thinking(fields, chat)
         if (output := fields.optional_child("output_config")) is not None:
             refuse_unknown(output, {"effort"}, "output_config")
             chat.effort = read_effort(output, "effort")
@@ -86,17 +89,18 @@ def _check_labels(fields: Fields) -> None:
     fields.optional_child("cache_control")
 
 
-def _read_thinking(fields: Fields) -> bool:
+def _read_thinking(fields: Fields, chat: Chat) -> None:
+    chat.thinking = False
     thinking = fields.optional_child("thinking")
     if thinking is None:
-        return False
+        return
     kind = thinking.text("type")
     if kind not in ("enabled", "disabled", "adaptive"):
         raise thinking.error("type", "must be 'enabled', 'adaptive' or 'disabled'")
     refuse_unknown(thinking, {"type", "budget_tokens", "display"}, "thinking")
     refuse_unless(thinking, "display", "summarized")
     thinking.optional_integer("budget_tokens", least=1)
-    return kind != "disabled"
+    chat.thinking, chat.adaptive = kind != "disabled", kind == "adaptive"
 
 
 def _read_tools(fields: Fields) -> list[dict[str, Any]]:
@@ -104,9 +108,12 @@ def _read_tools(fields: Fields) -> list[dict[str, Any]]:
     for place, item in enumerate(fields.array("tools")):
         tool = Fields(item, f"tools[{place}]")
         refuse_unless(tool, "type", "custom")
-        known = {"type", "name", "description", "input_schema", "cache_control", "strict"}
-        refuse_unknown(tool, known, "tools")
-        refuse_unless(tool, "strict", False)
+        known = {"type", "name", "description", "input_schema", "cache_control"}
+        usual = {"strict": False, "defer_loading": False, "allowed_callers": ["direct"]}
+        usual |= {"eager_input_streaming": False, "input_examples": []}
+        refuse_unknown(tool, known | set(usual), "tools")
+        for name, value in usual.items():
+            refuse_unless(tool, name, value)
         function: dict[str, Any] = {"name": read_name(tool, "name", tools)}
         if (description := tool.raw("description")) is not None:
             if not isinstance(description, str):
@@ -177,10 +184,12 @@ def _read_messages(fields: Fields, chat: Chat) -> None:
         refuse_unknown(message, {"role", "content"}, "messages")
         content = message.raw("content")
         if isinstance(content, str):
-            chat.messages.append({"role": role, "content": content})
-            continue
-        blocks = _blocks(message, "content")
-        chat.messages += _read_assistant(blocks) if role == "assistant" else _read_user(blocks, chat)
+            said = [{"role": role, "content": content}]
+        else:
+            blocks = _blocks(message, "content")
+            said = _read_assistant(blocks) if role == "assistant" else _read_user(blocks, chat)
+        for each in said:
+            chat.add(each)
     if len(chat.messages) == first:
         raise fields.error("messages", "must have at least one message with content")
 
@@ -227,6 +236,7 @@ def _read_assistant(blocks: list[Fields]) -> list[dict[str, Any]]:
             thoughts.append(thinking)
         elif kind == "tool_use":
             refuse_unknown(block, {"type", "id", "name", "input", "cache_control", "caller"}, "tool uses")
+            refuse_unless(block, "caller", {"type": "direct"})
             function = {"name": block.text("name"), "arguments": dict(block.child("input").values())}
             calls.append({"id": block.text("id"), "type": "function", "function": function})
         else:

@@ -43,7 +43,24 @@ class Chat:
     options: dict[str, Any] = field(default_factory=dict)
     pictures: list[Picture] = field(default_factory=list)
     thinking: bool | None = None
+    adaptive: bool = False  # whether the model may decide about it, as one does that knows no thoughts
     effort: tuple[str, str] | None = None
+
+    def add(self, message: dict[str, Any]) -> None:
+        """A message; one of the role that has just spoken goes on with its turn."""
+        last = self.messages[-1] if self.messages else {"role": ""}
+        goes_on = last["role"] == message["role"] and "tool_calls" not in last
+        if not goes_on or message["role"] == "tool":
+            self.messages.append(message)
+            return
+        before, more = last["content"], message.pop("content")
+        if isinstance(before, str) and isinstance(more, str):
+            last["content"] = "\n".join(text for text in (before, more) if text)
+        else:
+            last["content"] = [*_parts(before), *_parts(more)]
+        if "reasoning_content" in last and "reasoning_content" in message:
+            message["reasoning_content"] = last["reasoning_content"] + "\n" + message["reasoning_content"]
+        last.update(message)
 
     def content(self, parts: Sequence[str | Picture]) -> str | list[dict[str, str]]:
         """What a message says: its texts, joined by line breaks, and its images between them."""
@@ -91,7 +108,7 @@ class Chat:
         options: dict[str, Any] = {}
         if self.thinking is not None and dialect.switch is not None:
             options[dialect.switch] = self.thinking
-        elif self.thinking and not dialect.thinks:
+        elif self.thinking and not self.adaptive and not dialect.thinks:
             raise _unknown("thinking", target)
         if self.effort is not None:
             name, effort = self.effort
@@ -123,6 +140,10 @@ class Chat:
         return Prompt(
             [id_ for id_ in ids if id_ != token], images, tuple(picture.where for picture in self.pictures)
         )
+
+
+def _parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
 def _unknown(name: str, target: Target) -> WireError:

@@ -26,9 +26,14 @@ from .schemas import (
 _MODEL = name_of("weights", longest=4096)
 _TEXTS = {"anyOf": [text(), array(text(), maxItems=16)]}
 _OPENAI_ERROR = record(
-    {"error": record({"message": STRING, "type": STRING, "param": maybe(STRING), "code": maybe(STRING)})}
+    {
+        "error": record({"message": STRING, "type": STRING, "param": maybe(STRING), "code": maybe(STRING)}),
+        "detail": STRING,
+    }
 )
-_ANTHROPIC_ERROR = record({"type": one_of("error"), "error": record({"type": STRING, "message": STRING})})
+_ANTHROPIC_ERROR = record(
+    {"type": one_of("error"), "error": record({"type": STRING, "message": STRING}), "detail": STRING}
+)
 _STATUSES = (402, 410, 413)
 
 _SERVED = record({"id": STRING, "object": one_of("model"), "created": INTEGER, "owned_by": STRING})
@@ -46,9 +51,20 @@ _SAMPLING: dict[str, Schema] = {
 }
 _FUNCTION = record({"name": text()}, {"description": text(), "parameters": METADATA})
 _TOOLS = array(record({"type": one_of("function"), "function": _FUNCTION}))
-_PARTS = array(record({"type": one_of("text"), "text": STRING}))
-_CONTENT = {"anyOf": [STRING, _PARTS]}
-_MESSAGE = record({"role": one_of("system", "developer", "user", "assistant"), "content": _CONTENT})
+_TEXT = record({"type": one_of("text"), "text": STRING})
+_CONTENT = {"anyOf": [STRING, array(_TEXT)]}
+_URL = record({"url": STRING}, {"detail": one_of("auto")})  # data:image/png;base64,...
+_IMAGE_URL = record({"type": one_of("image_url"), "image_url": _URL})
+_SEEN = {"anyOf": [STRING, array({"anyOf": [_TEXT, _IMAGE_URL]})]}
+_SOURCE = record({"type": one_of("base64"), "media_type": one_of("image/png", "image/jpeg"), "data": STRING})
+_IMAGE = record({"type": one_of("image"), "source": _SOURCE})
+_BLOCKS = {"anyOf": [STRING, array({"anyOf": [_TEXT, _IMAGE]})]}
+_MESSAGE = {
+    "anyOf": [
+        record({"role": one_of("system", "developer", "assistant"), "content": _CONTENT}),
+        record({"role": one_of("user"), "content": _SEEN}),
+    ]
+}
 _IDS = array(integer(0, INT32), minItems=1)
 _TOKENS_OR_TEXTS = {"anyOf": [text(), array(text(), minItems=1), _IDS, array(_IDS, minItems=1)]}
 
@@ -60,12 +76,15 @@ def _choices(**more: Schema) -> Schema:
 
 
 _ASKED = {"model": _MODEL, "messages": array(
-    record({"role": one_of("user", "assistant"), "content": _CONTENT}), minItems=1
+    {"anyOf": [
+        record({"role": one_of("user"), "content": _BLOCKS}),
+        record({"role": one_of("assistant"), "content": _CONTENT}),
+    ]}, minItems=1
 )}  # fmt: skip
 _BESIDE: dict[str, Schema] = {
     "system": _CONTENT,
     "tools": array(record({"name": text(), "input_schema": METADATA}, {"description": text()})),
-    "tool_choice": record({"type": one_of("auto", "none")}),
+    "tool_choice": record({"type": one_of("auto", "none")}, {"disable_parallel_tool_use": BOOLEAN}),
 }
 
 DOORS: dict[tuple[str, str], Operation] = {
@@ -95,9 +114,16 @@ DOORS: dict[tuple[str, str], Operation] = {
                 "top_logprobs": integer(0, 20),
                 "tools": _TOOLS,
                 "tool_choice": one_of("auto", "none"),
+                "parallel_tool_calls": BOOLEAN,
+                "separate_reasoning": BOOLEAN,
             },
         ),
-        answer=_choices(message=record({"role": one_of("assistant"), "content": maybe(STRING)})), events=True,
+        answer=_choices(
+            message=record(
+                {"role": one_of("assistant"), "content": maybe(STRING)}, {"reasoning_content": STRING}
+            )
+        ),
+        events=True,
     ),
     ("POST", "/v1/messages"): Operation(
         "Anthropic: the next message of a chat", "anthropic", error=_ANTHROPIC_ERROR, statuses=_STATUSES,

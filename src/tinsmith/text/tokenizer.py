@@ -39,10 +39,10 @@ class Tokenizer:
         special |= {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special: dict[int, str] = special
         template = tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("tool_use") or template.get("default")
-        self.template: str | None = template
-        self.dialect = Dialect.of(template)
+        templates = template if isinstance(template, dict) else {"default": template}
+        self.template: str | None = templates.get("default") or templates.get("tool_use")
+        self._tool_template: str | None = templates.get("tool_use") or self.template
+        self.dialect = Dialect.of(self._tool_template)
 
     @classmethod
     def load(cls, folder: str) -> Tokenizer:
@@ -92,7 +92,7 @@ class Tokenizer:
                     ids: list[int] = self._encoder.apply_chat_template(
                         written,
                         tools=offered or None,
-                        chat_template=self.template,
+                        chat_template=self._tool_template if offered else self.template,
                         add_generation_prompt=not go_on,
                         continue_final_message=go_on,
                         tokenize=True,
