@@ -66,6 +66,15 @@ def test_a_tokens_bytes(tokenizer: Tokenizer) -> None:
     assert [tokenizer.token_text(id_) for id_ in ids[2:]] == ["bytes:\\xac", "a"]
 
 
+def test_a_text_far_beyond_the_context_is_refused_without_encoding_it() -> None:
+    tokenizer = Tokenizer.load(str(MODEL), 10)
+    assert len(tokenizer.encode("x " * 100)) > 10  # whether it fits exactly is for others to say
+    with pytest.raises(TextError, match="more than the 10 tokens"):
+        tokenizer.encode("x" * 10_000)
+    with pytest.raises(TextError, match="more than the 10 tokens"):
+        tokenizer.chat([{"role": "user", "content": "x" * 10_000}], None, {})
+
+
 def test_half_a_surrogate_pair_is_no_text(tokenizer: Tokenizer) -> None:
     with pytest.raises(TextError):
         tokenizer.encode("\ud800")

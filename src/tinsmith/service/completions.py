@@ -127,7 +127,7 @@ class Completions:
             )
         task = self._tokenizers.get(model.name)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            load = asyncio.to_thread(Tokenizer.load, model.text_path)
+            load = asyncio.to_thread(Tokenizer.load, model.text_path, model.max_context)
             task = self._tokenizers[model.name] = asyncio.get_running_loop().create_task(load)
         try:
             return await asyncio.shield(task)

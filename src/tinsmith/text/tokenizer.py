@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,10 +28,15 @@ def is_unicode(text: str) -> bool:
 class Tokenizer:
     """Text to token ids and back. Its methods may be called from any thread."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        # Encoding sets truncation on the tokenizer, which fails while another thread reads from it.
-        self._encoder, self._decoder = tokenizer, copy.deepcopy(tokenizer)
-        self._lock = threading.Lock()
+    def __init__(self, tokenizer: Any, context: int | None = None) -> None:
+        """`context`: how many tokens a text may have; much longer ones are refused without being encoded."""
+        self._tokenizer = tokenizer
+        # Encoding by transformers would set truncation on it, which fails while another thread reads from it.
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._context = context
+        self._longest = max(map(len, tokenizer.get_vocab()), default=1)  # characters of a token
         self._bytes: dict[int, bytes] = {}
         special = {id_: tokenizer.convert_ids_to_tokens(id_) for id_ in tokenizer.all_special_ids}
         special |= {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -45,7 +48,7 @@ class Tokenizer:
         self.dialect = Dialect.of(self._tool_template)
 
     @classmethod
-    def load(cls, folder: str) -> Tokenizer:
+    def load(cls, folder: str, context: int | None = None) -> Tokenizer:
         """The tokenizer of a model's folder. Takes half a second, most of it transformers' import. Raises
         TextError."""
         if not (Path(folder) / "tokenizer.json").is_file():
@@ -53,7 +56,7 @@ class Tokenizer:
         from transformers import PreTrainedTokenizerFast
 
         try:
-            return cls(PreTrainedTokenizerFast.from_pretrained(folder))
+            return cls(PreTrainedTokenizerFast.from_pretrained(folder), context)
         except Exception as error:  # whatever a folder may hold
             raise TextError(f"no tokenizer could be loaded from {folder}: {error}"[:400]) from error
 
@@ -61,8 +64,16 @@ class Tokenizer:
         """Token ids, with those that the tokenizer puts at a text's beginning. Raises TextError."""
         if not is_unicode(text):
             raise TextError("holds half of a surrogate pair, which is no character")
-        with self._lock:
-            ids: list[int] = self._encoder.encode(text)
+        return self._encode(text, special=True)
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        # Twice as many characters as they could be: a normalizer may take some away.
+        if self._context is not None and len(text) > 2 * self._context * self._longest:
+            raise TextError(
+                f"has {len(text)} characters, which are more than the {self._context} tokens of this model's"
+                " context; shorten it"
+            )
+        ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
         return ids
 
     def knows(self, variable: str) -> bool:
@@ -88,30 +99,28 @@ class Tokenizer:
         reason: Exception | None = None
         for written, offered in _ways(arranged, tools or ()):
             try:
-                with self._lock:
-                    ids: list[int] = self._encoder.apply_chat_template(
-                        written,
-                        tools=offered or None,
-                        chat_template=self._tool_template if offered else self.template,
-                        add_generation_prompt=not go_on,
-                        continue_final_message=go_on,
-                        tokenize=True,
-                        return_dict=False,
-                        **options,
-                    )
+                text: str = self._tokenizer.apply_chat_template(
+                    written,
+                    tools=offered or None,
+                    chat_template=self._tool_template if offered else self.template,
+                    add_generation_prompt=not go_on,
+                    continue_final_message=go_on,
+                    tokenize=False,
+                    **options,
+                )
             except Exception as error:  # templates raise what they like
                 reason = reason or error
             else:
-                return ids
-        text = " ".join(str(reason).split())[:300]
-        raise TextError(f"the model's chat template does not take this: {text}") from reason
+                return self._encode(text, special=False)
+        why = " ".join(str(reason).split())[:300]
+        raise TextError(f"the model's chat template does not take this: {why}") from reason
 
     def decode(self, ids: Sequence[int], *, marks: tuple[str, ...] | None = ()) -> str:
         """The text of some tokens, of special ones only with those in `marks`, or with all of them where that
         is None. Bytes that are no character are U+FFFD."""
         if marks:
             ids = [id_ for id_ in ids if (name := self._special.get(id_)) is None or name in marks]
-        text: str = self._decoder.decode(list(ids), skip_special_tokens=marks == ())
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=marks == ())
         return text
 
     def token_bytes(self, token: int) -> bytes:
@@ -122,10 +131,10 @@ class Tokenizer:
         return found
 
     def _token_bytes(self, token: int) -> bytes:
-        text = self._decoder.decode([token], skip_special_tokens=False)
+        text = self._tokenizer.decode([token], skip_special_tokens=False)
         if "\ufffd" not in text:
             return bytes(text.encode())
-        raw = self._decoder.convert_ids_to_tokens(token) or ""
+        raw = self._tokenizer.convert_ids_to_tokens(token) or ""
         if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", raw):
             return bytes([int(match[1], 16)])
         if all(character in _BYTES for character in raw):
