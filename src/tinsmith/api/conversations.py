@@ -48,7 +48,7 @@ class Chat:
 
     def add(self, message: dict[str, Any]) -> None:
         """A message; one of the role that has just spoken goes on with its turn."""
-        last = self.messages[-1] if self.messages else {"role": ""}
+        last: dict[str, Any] = self.messages[-1] if self.messages else {"role": ""}
         goes_on = last["role"] == message["role"] and "tool_calls" not in last
         if not goes_on or message["role"] == "tool":
             self.messages.append(message)
