@@ -146,7 +146,8 @@ class Engine:
         return EngineInfo(
             device=str(self.device),
             exact=not any(self._inexact.values()),
-            versions={"torch": torch.__version__, "transformers": transformers.__version__},
+            # torch's version is an object of torch's own, which whoever reads this would have to import.
+            versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
             models={name: self._model_info(model) for name, model in self.models.items()},
         )
 
