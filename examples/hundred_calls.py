@@ -7,64 +7,31 @@ prints a line for every call and ends with 1 if one of them did not do as docume
 for its tokenizer by the model's name: in a folder of that name where the script runs, or on the hub.
 """
 
-# ruff: noqa: PT017, PT018
+# ruff: noqa: PT018
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
 import os
 import pickle
 import subprocess
 import sys
-import time
-import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import tinker
 import torch
+from documented import call, close, end, refused
 from tinker import BadRequestError, NotFoundError, RequestFailedError, types
 
 BASE = os.environ["TINKER_BASE_URL"].rstrip("/")
 KEY = os.environ["TINKER_API_KEY"]
 DAY = 24 * 3600
 Ints, Params = types.ModelInput.from_ints, types.SamplingParams
-number, failed = 0, []
-
-
-@contextlib.contextmanager
-def call(title: str) -> Iterator[None]:
-    """One numbered call with its checks."""
-    global number
-    number += 1
-    began = time.monotonic()
-    try:
-        yield
-    except Exception:
-        failed.append(number)
-        print(f"{number:3} FAILED {title}\n{traceback.format_exc()}", flush=True)
-    else:
-        print(f"{number:3} ok     {title} ({time.monotonic() - began:.2f} s)", flush=True)
-
-
-def refused(work: Callable[[], object], kind: type[Exception], *words: str) -> None:
-    """The call must fail as documented, and say why."""
-    try:
-        work()
-    except kind as error:
-        for word in words:
-            assert word in str(error), f"{word!r} is not in {error}"
-    else:
-        raise AssertionError(f"it was not refused with {kind.__name__}")
-
-
-def close(one: float, other: float, within: float = 1e-3) -> bool:
-    return math.isclose(one, other, rel_tol=within, abs_tol=within)
 
 
 def loss_of(client: tinker.TrainingClient) -> float:
@@ -558,5 +525,4 @@ for line in ("run list", "checkpoint list", "billing checkpoint-storage"):
 with call("close ends the session"):
     service.close("success").result()
 
-print(f"{number} calls, {len(failed)} not as documented{f': {failed}' if failed else ''}")
-sys.exit(1 if failed else 0)
+end()

@@ -31,20 +31,15 @@ def python() -> Path:
     had: what is not tried must not look like what passes."""
     folder = CACHE / f"cookbook-{metadata.version('tinker_cookbook')}"
     python = folder / "bin" / "python"
-    if not (folder / ".complete").exists():
+    made = (folder / ".complete").exists()
+    if not made:
         venv.create(folder, with_pip=True, clear=True)
-        (packages,) = folder.glob("lib/python*/site-packages")
-        (packages / "these.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        install = [
-            str(python),
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "-c",
-            str(ROOT / "constraints.txt"),
-            *NEEDS,
-        ]
+    # Every time: it may have been made for another checkout, which is gone.
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "these.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    if not made:
+        constraints = ["-c", str(ROOT / "constraints.txt")]
+        install = [str(python), "-m", "pip", "install", "--quiet", *constraints, *NEEDS]
         done = subprocess.run(install, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, f"what the cookbook needs could not be installed:\n{done.stderr[-2000:]}"
         (folder / ".complete").touch()
@@ -67,7 +62,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("sl_loop", 3), ("preference.shorter.train", 2), ("preference.dpo.train", 2)]
+    ("name", "steps"),
+    [
+        ("sl_loop", 3),
+        ("preference.shorter.train", 2),
+        ("preference.dpo.train", 2),
+        ("distillation.on_policy_distillation", 2),
+        ("sdft.train", 2),
+    ],
 )
 def test_a_recipe_runs_as_it_is(
     server: Server, python: Path, folder: Path, tmp_path: Path, name: str, steps: int

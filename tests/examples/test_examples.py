@@ -62,13 +62,14 @@ def test_the_shortest_script_runs(shipped: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_calls_do_as_documented(shipped: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("script", "least"), [("hundred_calls.py", 100), ("further_calls.py", 35)])
+def test_calls_do_as_documented(shipped: Server, tmp_path: Path, script: str, least: int) -> None:
     name = "tinsmith/tin-5m"  # under which a SamplingClient looks for its tokenizer
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).symlink_to(SHIPPED)
-    out, _ = run(shipped, "hundred_calls.py", tmp_path)
-    assert int(out.splitlines()[-1].split()[0]) >= 100
-    text = (ROOT / "examples" / "hundred_calls.py").read_text()
+    out, _ = run(shipped, script, tmp_path)
+    assert int(out.splitlines()[-1].split()[0]) >= least
+    text = (ROOT / "examples" / script).read_text()
     assert "tinsmith" not in text.lower()
 
 
