@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -143,16 +144,21 @@ async def _completion_events(
     yield b"data: [DONE]\n\n"
 
 
+def _shown(logprob: float | None) -> float | None:
+    """JSON has no infinity; OpenAI's number for what is not likely at all."""
+    return -9999.0 if logprob == -math.inf else logprob
+
+
 def _completion_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, object]:
-    def likeliest(token: Token) -> dict[str, float] | None:
+    def likeliest(token: Token) -> dict[str, float | None] | None:
         if token.logprob is None:
             return None
-        table = {tokenizer.token_text(id_): logprob for id_, logprob in token.likeliest}
-        return {**table, tokenizer.token_text(token.id): token.logprob}
+        table = {tokenizer.token_text(id_): _shown(logprob) for id_, logprob in token.likeliest}
+        return {**table, tokenizer.token_text(token.id): _shown(token.logprob)}
 
     return {
         "tokens": [tokenizer.token_text(token.id) for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
+        "token_logprobs": [_shown(token.logprob) for token in tokens],
         "top_logprobs": [likeliest(token) for token in tokens],
         "text_offset": [token.offset for token in tokens],
     }
@@ -257,7 +263,7 @@ async def _chat_events(
 def _chat_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, object]:
     def entry(id_: int, logprob: float | None) -> dict[str, object]:
         raw = list(tokenizer.token_bytes(id_))
-        return {"token": tokenizer.token_text(id_), "logprob": logprob, "bytes": raw}
+        return {"token": tokenizer.token_text(id_), "logprob": _shown(logprob), "bytes": raw}
 
     content = [
         {**entry(token.id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.likeliest]}
