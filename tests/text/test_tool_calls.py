@@ -112,6 +112,7 @@ CASES = [
     (NEMOTRON, '<TOOLCALL>[{"name": "f"}, 5]</TOOLCALL>', ['<TOOLCALL>[{"name": "f"}, 5]</TOOLCALL>']),
     (MISTRAL, '[TOOL_CALLS] [{"name": "f", "arguments": {"a": [1]}}, {"name": "g"}]', [F, G]),
     (MISTRAL, 'ok [TOOL_CALLS]f[ARGS]{"a": [1]}[TOOL_CALLS]g[ARGS]{}', ["ok", F, G]),
+    (MISTRAL, '[TOOL_CALLS]f[CALL_ID]a1b2c3d4e[ARGS]{"a": [1]}', [F]),
     (MISTRAL, "[TOOL_CALLS]nothing", ["[TOOL_CALLS]nothing"]),
     (LFM, "<|tool_call_start|>[f(a=[1]), g()]<|tool_call_end|>ok", [F, G, "ok"]),
     (LFM, '<|tool_call_start|>[{"name": "f", "arguments": {"a": [1]}}]<|tool_call_end|>', [F]),

@@ -7,7 +7,7 @@
 - DeepSeek V3 and R1: a name and JSON in a fence between marks of their own; V3.1: without the fence
 - Kimi K2: functions.NAME:NUMBER and JSON
 - Nemotron Nano 2 and Super: a list of JSON between <TOOLCALL> and </TOOLCALL>
-- Mistral: [TOOL_CALLS] and a list of JSON; from tokenizer 11 on NAME[ARGS]JSON
+- Mistral: [TOOL_CALLS] and a list of JSON; from tokenizer 11 on NAME[ARGS]JSON, with [CALL_ID] and an id between
 - LFM2, OLMo 3: Python calls between marks
 - GPT-OSS: harmony, see harmony.py
 """
@@ -56,7 +56,9 @@ def format_of(template: str | None) -> Format | None:
     if _NEMOTRON[0] in template:
         return Format(lambda _: Marked(*_NEMOTRON, _listed), _NEMOTRON)
     if _MISTRAL in template:
-        return Format(lambda _: Marked(_MISTRAL, None, _mistral), (_MISTRAL, "[ARGS]"), ids_of_mistral)
+        return Format(
+            lambda _: Marked(_MISTRAL, None, _mistral), (_MISTRAL, "[CALL_ID]", "[ARGS]"), ids_of_mistral
+        )
     if _LFM[0] in template or "<|tool_list_start|>" in template:
         return Format(lambda _: Marked(*_LFM, _lfm), _LFM)
     if _OLMO[0] in template:
@@ -128,7 +130,8 @@ def _kimi(block: str) -> list[ToolCall] | None:
 
 
 def _mistral(block: str) -> list[ToolCall] | None:
-    name, mark, arguments = block.partition("[ARGS]")
+    head, mark, arguments = block.partition("[ARGS]")
+    name, _, _ = head.partition("[CALL_ID]")
     return _one(call_of(name.strip(), arguments)) if mark else _listed(block)
 
 
