@@ -7,7 +7,7 @@
 - DeepSeek V3 and R1: a name and JSON in a fence between marks of their own; V3.1: without the fence
 - Kimi K2: functions.NAME:NUMBER and JSON
 - Nemotron Nano 2 and Super: a list of JSON between <TOOLCALL> and </TOOLCALL>
-- Mistral: [TOOL_CALLS] and a list of JSON; from tokenizer 11 on NAME[ARGS]JSON, with [CALL_ID] and an id between
+- Mistral: [TOOL_CALLS] and a list of JSON; later NAME[ARGS]JSON, with [CALL_ID] and an id between
 - LFM2, OLMo 3: Python calls between marks
 - GPT-OSS: harmony, see harmony.py
 """
