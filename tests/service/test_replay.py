@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from tinsmith.service.service import Service
 from tinsmith.store import ledger
 from tinsmith.store.scope import SERVER
 from tinsmith.wire.fields import Fields
-from tinsmith.wire.requests import CreateSession, Target
+from tinsmith.wire.requests import CreateSession, FinishSession, Target
 from tinsmith.wire.sample_request import SampleRequest
 
 Command = tuple[str, dict[str, Any]]
@@ -258,6 +259,56 @@ def test_what_the_engine_dies_of_again_and_again_is_given_up_and_nothing_else_is
     assert "the engine died 3 times while this request was carried out" in got[0].answers.pop(9)
     expected[0].answers.pop(9)
     assert [each.answers for each in got] == [each.answers for each in expected]
+
+
+def test_numbers_that_were_given_up_stay_given_up(tmp_path: Path) -> None:
+    client = Client([("create", {}), *[("optim", {"learning_rate": 1.0})] * 8], 0)
+
+    async def first() -> None:
+        life = await Life(tmp_path, gap_timeout=0.1).start()
+        client.commands, rest = client.commands[:2], client.commands[2:]
+        await client.work(life.service, life.caller)
+        client.commands += rest
+        client.sent[3] = await client._send(life.service, life.caller, 3)
+        await client._fetch(life.service, life.caller, 3)
+        life.kill(random.Random(0))
+
+    async def second() -> None:
+        life = await Life(tmp_path).start()  # with ten minutes for a gap
+        for seq_id in (4, 2, 5):
+            client.sent[seq_id] = await client._send(life.service, life.caller, seq_id)
+            await client._fetch(life.service, life.caller, seq_id)
+        await life.stop()
+
+    live(first)
+    live(second)
+    assert "seq_id 2 of this training run never arrived" in client.answers[3]
+    assert "seq_id 2 came after its turn" in client.answers[2]
+    assert all("metrics" in client.answers[seq_id] for seq_id in (1, 4, 5))
+
+
+def test_a_session_that_finishes_amid_a_replay_leaves_nothing_open(tmp_path: Path) -> None:
+    client = Client(script(5, 30), 0, ahead=29)
+
+    async def work() -> None:
+        life = await Life(tmp_path).start()
+        working = asyncio.ensure_future(client.work(life.service, life.caller))
+        while len(life.engine.carried_out) < 5:
+            await asyncio.sleep(0)
+        life.engine.die()
+        life.engine.revive()
+        session = client.run.partition(":train:")[0]
+        finish = FinishSession("success", None)
+        await life.service.sessions.finish(life.caller, session, finish)
+        with contextlib.suppress(ServiceError):
+            await asyncio.wait_for(working, 20)
+        for seq_id in client.sent:
+            await asyncio.wait_for(client._fetch(life.service, life.caller, seq_id), 5)
+        await life.stop()
+
+    live(work)
+    assert any("has finished" in str(answer) for answer in client.answers.values())
+    assert list((tmp_path / "blobs" / "snapshots").iterdir()) == []
 
 
 def test_a_run_whose_log_is_incomplete_is_lost_and_says_why(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 
 import httpx
 import pytest
+import tinker
+from tinker import types
 
-from tests.harness import MODEL, Raw, Server, descendants, training_body, wait_for
+from tests.harness import KEY, MODEL, Raw, Server, datum, descendants, training_body, wait_for
 from tests.service.test_books import usage
 
 MakeServer = Callable[..., Server]
@@ -68,6 +70,7 @@ class World:
     exit_code: int | None = None
     seconds: float = 0.0
     snapshots: int = 0
+    thread: threading.Thread | None = None
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +211,32 @@ def _same(raw: Raw, mine: list[str], twins: list[str], run: str, twin: str) -> N
         assert plain(one, run) == plain(other, twin)
 
 
+@dataclass
+class Loop:
+    """A training loop of the SDK's, of which nobody tells it that the server goes away."""
+
+    url: str
+    losses: list[object] = field(default_factory=list)
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            with tinker.ServiceClient(base_url=self.url, api_key=KEY) as client:
+                training = client.create_lora_training_client(MODEL, rank=4, seed=3).result()
+                for step in range(10):
+                    passed = [
+                        training.forward_backward([datum(50, step + i)] * 4, "cross_entropy")
+                        for i in range(2)
+                    ]
+                    stepped = training.optim_step(types.AdamParams(learning_rate=0.01))
+                    if step in (3, 7):
+                        training.save_state(f"step-{step}").result()
+                    self.losses.append([each.result().metrics for each in passed])
+                    self.losses.append(stepped.result().metrics)
+        except BaseException as error:
+            self.error = error
+
+
 @pytest.fixture(scope="module")
 def crashed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """After an orderly stop, some more work, and a power cut directly after an acknowledgement."""
@@ -251,6 +280,10 @@ def crashed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     world.runs["sudden"] = run = raw.run(session, 3)
     world.results["before"] = _begin(raw, run)
     world.results["after"] = _go_on(raw, run)
+    world.results["loop"] = loop = Loop(server.url)
+    world.thread = threading.Thread(target=loop.run)
+    world.thread.start()
+    wait_for(lambda: len(loop.losses) >= 6 or loop.error, what="some steps of the loop")
     server.kill()
     blobs = server.data / "blobs"
     (blobs / "bodies").mkdir(exist_ok=True)
@@ -272,6 +305,16 @@ def test_what_was_acknowledged_before_a_crash_is_carried_out_as_if_nothing_had_b
     (mine,) = [row for row in rows if row["session"] == run.partition(":train:")[0]]
     (its,) = [row for row in rows if row["session"] == twin.partition(":train:")[0]]
     assert mine["train"] == its["train"] == str(9 + 5 + 14 + 12 + 33 + 4000 + 6 + 15 + 8)
+
+
+def test_a_loop_of_the_sdk_goes_on_over_a_crash_as_if_nothing_had_been(crashed: World) -> None:
+    loop, twin = crashed.results["loop"], Loop(crashed.server.url)
+    assert crashed.thread is not None
+    crashed.thread.join(60)
+    twin.run()
+    assert (loop.error, twin.error) == (None, None)
+    assert len(loop.losses) == 20
+    assert loop.losses == twin.losses
 
 
 def test_a_run_with_nothing_outstanding_comes_back_with_its_next_request(crashed: World) -> None:
