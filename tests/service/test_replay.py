@@ -188,6 +188,10 @@ def wildly(
             await asyncio.wait({working}, timeout=random_.random() * random_.choice([0.002, 0.02, 0.1]))
             if working.done():
                 break
+            if random_.random() < 0.2:  # its runs are put away while they work
+                session = random_.choice(clients).run.partition(":train:")[0]
+                silence = life.service.runs._session_silent(session)
+                await asyncio.wait({asyncio.ensure_future(silence)}, timeout=random_.random() / 50)
             kills += 1
             roll = random_.random()
             if roll < 0.6:

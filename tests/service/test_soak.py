@@ -18,6 +18,7 @@ import pytest
 
 from tests.harness import MODEL, Raw, Server, training_body
 from tests.service.test_books import tokens, usage
+from tinsmith.wire import tinsmith_pb2 as pb
 
 AHEAD = 5  # requests of a run that are on their way
 Command = tuple[str, dict[str, Any]]
@@ -67,7 +68,6 @@ class Trainer:
     sampled: dict[int, Any] = field(default_factory=dict)
     tokens: int = 0
     failure: BaseException | None = None
-    place: int = 0
 
     def work(self) -> None:
         try:
@@ -149,10 +149,9 @@ class Trainer:
         kind, about = self.commands[seq_id]
         if binary:
             self.tokens += sum(about["lengths"])
+            self.answers.append((kind, answer.content))
         else:
             self.answers.append((kind, answer.text.replace(self.session, "SESSION")))
-        if binary:
-            self.answers.append((kind, answer.content))
         if kind == "publish" and "place" in about:
             self._sample(seq_id, answer.json()["sampling_session_id"])
 
@@ -176,17 +175,19 @@ class Trainer:
             assert result.status_code == 200, result.text
             if "error" in result.text and result.headers["content-type"] == "application/json":
                 raise AssertionError(result.text)
-            self.sampled[seq_id] = result.content.replace(f"sample:{self.place}".encode(), b"")[-40:]
+            response = pb.SampleResponse.FromString(result.content)
+            self.sampled[seq_id] = [(each.tokens, each.logprobs) for each in response.sequences]
             return
 
 
-def carry_out(server: Server, key: str, scripts: list[list[Command]]) -> list[Trainer]:
+def carry_out(
+    server: Server, key: str, scripts: list[list[Command]]
+) -> tuple[list[Trainer], list[threading.Thread]]:
     trainers = [Trainer(server.url, key, each) for each in scripts]
     threads = [threading.Thread(target=trainer.work, daemon=True) for trainer in trainers]
     for thread in threads:
         thread.start()
-    carry_out.threads = threads  # type: ignore[attr-defined]
-    return trainers
+    return trainers, threads
 
 
 @pytest.mark.slow
@@ -197,8 +198,8 @@ def test_whatever_dies_every_result_is_what_it_would_have_been(tiny_model: Path,
     random_ = random.Random(seed)
     scripts = [script(seed * 100 + place, length) for place in range(4)]
     calm = Server(tiny_model, tmp_path / "calm").start()
-    expected = carry_out(calm, calm.new_key("calm"), scripts)
-    for thread in carry_out.threads:  # type: ignore[attr-defined]
+    expected, threads = carry_out(calm, calm.new_key("calm"), scripts)
+    for thread in threads:
         thread.join(300)
     calm.stop()
     assert [each.failure for each in expected] == [None] * len(scripts)
@@ -213,8 +214,7 @@ def test_whatever_dies_every_result_is_what_it_would_have_been(tiny_model: Path,
     ).start()
     began, kills = time.monotonic(), 0
     try:
-        got = carry_out(wild, wild.new_key("wild"), scripts)
-        threads = carry_out.threads  # type: ignore[attr-defined]
+        got, threads = carry_out(wild, wild.new_key("wild"), scripts)
         while any(thread.is_alive() for thread in threads):
             time.sleep(random_.choice([0.05, 0.3, 1.0, 2.0]) * random_.random())
             if time.monotonic() - began > seconds:
