@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests import families
 from tests.engine.tiny import load, make_run, threads, tokens
+from tinsmith.engine.commands import SampleParams
 from tinsmith.engine.kernels import linear
 from tinsmith.engine.kernels.attention import Chunks
 from tinsmith.engine.kv_cache import PagePool
@@ -20,8 +22,10 @@ from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.lora import AdapterWeights
 from tinsmith.engine.model.packing import Pass, Segment
 from tinsmith.engine.paged_attention import Chunk, PagedAttention
-from tinsmith.engine.program import Program
+from tinsmith.engine.program import Draws, Program
 from tinsmith.engine.recording import LINEAR, Native, NotRepeatable, generalize, record
+from tinsmith.engine.sampling import Rules
+from tinsmith.engine.sampling import sample as draw_tokens
 
 Folder = Callable[[str], Path]
 pytestmark = pytest.mark.skipif(
@@ -46,6 +50,7 @@ def step(
     pool: PagePool,
     program: Program | None,
     work: list[tuple[int, int, int, AdapterWeights | None]],
+    draws: Draws | None = None,
 ) -> Tensor:
     """Hidden states of (sequence, new tokens, from which position, adapter), each on pages of its own."""
     chunks, segments, ids, places = [], [], [], []
@@ -61,7 +66,7 @@ def step(
             attention = PagedAttention(pool, chunks, rows + len(padding))
             return model.hidden(*packed, Pass(segments, attention))[:rows]
         numbers = Chunks([(c.row, c.length, c.position, c.pages) for c in chunks])
-        return program.run(*packed, program.where(segments), pool, numbers, rows)[:rows].clone()
+        return program.run(*packed, program.where(segments), pool, numbers, rows, draws)[:rows].clone()
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral", "Olmo3", "Phi3", "Gemma3Text"])
@@ -81,6 +86,50 @@ def test_the_bits_are_those_of_the_models_own_code(family: str, tmp_path: Path) 
     for each in work:
         wanted = step(model, pools[0], None, each)
         assert torch.equal(step(model, pools[1], program, each), wanted)
+
+
+# temperature, top_k, top_p
+_KINDS = (1.0, -1, 1.0), (0.0, -1, 1.0), (0.6, 5, 1.0), (1.7, -1, 0.8), (1e-6, -1, 1.0), (1.0, 3, 0.5)
+
+
+def test_tokens_are_those_that_are_drawn_from_the_models_own_logits(folder: Folder) -> None:
+    """From some of the rows, several from one, by every kind of parameters; with adapters there, too."""
+    model = load_packed(folder("qwen3"))
+    program = Program.of(model)
+    assert program is not None
+    assert program.draws
+    weights = make_run(model, 8, seed=1).weights
+    assert model.head is not None
+    assert model.head.parts, "the test wants an adapter on the unembedding"
+    work, wanted = [(0, 20, 0, None), (1, 9, 0, weights), (2, 1, 0, weights)], [3, 19, 20, 29]
+    hidden = step(model, PagePool(model, 1 << 24), None, work)
+    params = [
+        SampleParams(seed=0, temperature=t, top_k=k, top_p=p)
+        for t, k, p in (
+            (1.0, -1, 1.0),
+            (0.0, -1, 1.0),
+            (0.6, 5, 1.0),
+            (1.7, -1, 0.8),
+            (1e-6, -1, 1.0),
+            (1.0, 3, 0.5),
+        )
+    ]
+    source = torch.tensor([0, 1, 1, 2, 3, 3])
+    u = np.array([0.1, 0.5, 0.999, 0.0, 0.3, 0.7])
+    segments = [Segment(0, 2, None), Segment(2, 4, weights)]
+    rows = torch.nn.functional.pad(torch.tensor(wanted), (0, pad_rows(4) - 4))
+    with torch.inference_mode():
+        logits = model.logits(hidden[rows], Pass(segments))
+    theirs = draw_tokens(logits[source], params, u, 0)
+
+    rules = Rules.of(params)
+    where = program.where(segments)
+    draws = Draws(np.array(wanted), where, source.numpy(), rules, rules.drawn(u))
+    for _ in range(2):  # a second time it goes the same way with what it has made
+        step(model, PagePool(model, 1 << 24), program, work, draws)
+        assert draws.tokens.tolist() == theirs.tokens
+        assert draws.logprobs.tolist() == theirs.logprobs
+        assert torch.equal(draws.logits, logits[:4])
 
 
 def test_products_of_one_input_are_one_instruction(folder: Folder) -> None:

@@ -76,29 +76,16 @@ inline void clear(float* row, bf16* weights, int key) {
 // Have so many numbers come nearer.
 template <class T>
 inline void fetch(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / (int)sizeof(T)) _mm_prefetch((const char*)(from + i), _MM_HINT_T1);
+  for (int64_t i = 0; i < count; i += 64 / (int)sizeof(T)) _mm_prefetch((const char*)(from + i), _MM_HINT_T0);
 }
-
-// Pages that are wanted next: they are fetched one by one while others are worked on.
-template <class T>
-struct Ahead {
-  const T* const* keys;
-  const T* const* values;
-  int count = 0;
-  int64_t key_numbers, value_numbers;  // of a page
-
-  void fetch_keys(int page) const { if (page < count) fetch(keys[page], key_numbers); }
-  void fetch_values(int page) const { if (page < count) fetch(values[page], value_numbers); }
-};
 
 // Attention of up to TILE rows over pages [first, last). out: [count][value_pad] sums, not yet divided;
 // top and total: [count], the maximum and the sum of the exponentials, sinks included. `tail`: how many keys of the
-// last page any of the rows sees; what lies behind them would add zeros, and is not looked at. `near`: whether the
-// pages have been fetched.
+// last page any of the rows sees; what lies behind them would add zeros, and is not looked at.
 template <class T, bool DOT>
 void attend(float* out, float* top, float* total, const Row<DOT>* q, const int* position, const float* sink,
             const T* const* keys, const T* const* values, int first, int last, int count, int key_dim, int value_pad,
-            float scale, int window, int tail = PAGE, bool near = false, const Ahead<T>& ahead = {}) {
+            float scale, int window, int tail = PAGE) {
   alignas(64) float s[TILE * PAGE];
   alignas(64) float sums[TILE * W];
   alignas(64) bf16 weights[DOT ? TILE * PAGE : 1];
@@ -113,8 +100,7 @@ void attend(float* out, float* top, float* total, const Row<DOT>* q, const int* 
     // product with zeros is not nothing where a sum is smaller than what the processor keeps.
     const int seen = page + 1 < last ? PAGE : tail, width = padded(seen, W), parts = width / W;
     const int deep = std::min(PAGE, padded(seen, 2) + 2);
-    if (!near) fetch(values[page], (int64_t)value_pad * deep);
-    ahead.fetch_keys(page - first);
+    fetch(values[page], (int64_t)value_pad * deep);
     score<T, DOT>(s, q, key_dim, keys[page], position, page * PAGE, count, scale, window, width);
     for (int r = 0; r < count; r++) {
       float* row = s + r * PAGE;
@@ -143,13 +129,11 @@ void attend(float* out, float* top, float* total, const Row<DOT>* q, const int* 
       }
       store(sums + r * W, sum);
     }
-    if (!near && page + 1 < last) fetch(keys[page + 1], (int64_t)key_dim * PAGE);
-    ahead.fetch_values(page - first);
+    if (page + 1 < last) fetch(keys[page + 1], (int64_t)key_dim * PAGE);
     if constexpr (DOT)
       dot_product(out, value_pad, weights, PAGE / 2, 1, values[page], value_pad, count, value_pad, deep / 2, true);
     else product(out, value_pad, s, PAGE, 1, values[page], value_pad, count, value_pad, deep, true);
   }
-  for (int page = last - first; page < ahead.count; page++) ahead.fetch_keys(page), ahead.fetch_values(page);
   for (int r = 0; r < count; r++) {
     total[r] = sum_of(load(sums + r * W));
     if (total[r] == 0.0f) total[r] = 1.0f, top[r] = 0.0f;  // it sees nothing
@@ -278,42 +262,23 @@ struct Paged {
   struct Scratch {
     Room<Row<DOT>> rows;
     Room<float> sums;
-    Room<const T*> keys, values, next_keys, next_values;
-    int64_t near = -1;  // the task whose pages have been fetched
+    Room<const T*> keys, values;
     explicit Scratch(const Paged& p)
-        : rows(TILE * p.key_dim), sums(TILE * p.value_pad()), keys(p.most), values(p.most), next_keys(p.most),
-          next_values(p.most) {}
+        : rows(TILE * p.key_dim), sums(TILE * p.value_pad()), keys(p.most), values(p.most) {}
   };
 
-  // Where the pages of a task are: their numbers [first, last) in its sequence.
-  std::pair<int, int> find(int64_t task, const T** keys, const T** values) const {
+  void run(int64_t task, const Scratch& room) const {
     const Tile t = tiles[task / kv_heads];
     const int* c = chunks + 4 * t.chunk;
     const int own = (int)(task % kv_heads), positions = std::min(together(), c[1] - t.from), low = c[2] + t.from;
     const int first = first_page(low, window), last = (low + positions - 1) / PAGE + 1;
+    const int64_t key_page = (int64_t)key_dim * PAGE, value_page = (int64_t)value_pad() * PAGE;
+    if (c[1] <= together()) put(c, own);
     for (int p = first; p < last; p++) {
       const int64_t page = (int64_t)pages[c[3] + p] * kv_heads + own;
-      keys[p] = key_pages + page * key_dim * PAGE;
-      values[p] = value_pages + page * value_pad() * PAGE;
+      room.keys[p] = key_pages + page * key_page;
+      room.values[p] = value_pages + page * value_page;
     }
-    return {first, last};
-  }
-
-  // next: the task that most likely follows, or -1.
-  void run(int64_t task, Scratch& room, int64_t next) const {
-    const Tile t = tiles[task / kv_heads];
-    const int* c = chunks + 4 * t.chunk;
-    const int own = (int)(task % kv_heads), positions = std::min(together(), c[1] - t.from), low = c[2] + t.from;
-    if (c[1] <= together()) put(c, own);
-    const auto [first, last] = find(task, room.keys, room.values);
-    Ahead<T> ahead = {};
-    if (next >= 0) {
-      const auto [from, to] = find(next, room.next_keys, room.next_values);
-      ahead = {room.next_keys + from, room.next_values + from, to - from, (int64_t)key_dim * PAGE,
-               (int64_t)value_pad() * PAGE};
-    }
-    const bool near = room.near == task;
-    room.near = next;
     for (int g0 = 0; g0 < group(); g0 += TILE) {  // one tile, unless a group has more heads than a tile rows
       const int heads_here = std::min(TILE, group() - g0), rows_here = positions * heads_here;
       int position[TILE];
@@ -327,8 +292,7 @@ struct Paged {
                  key_dim, key_dim);
         }
       attend<T, DOT>(room.sums, top, total, room.rows, position, sinks ? sink : nullptr, room.keys, room.values, first,
-                     last, rows_here, key_dim, value_pad(), scale, window, (low + positions - 1) % PAGE + 1,
-                     near || g0 > 0, g0 == 0 ? ahead : Ahead<T>{});
+                     last, rows_here, key_dim, value_pad(), scale, window, (low + positions - 1) % PAGE + 1);
       for (int j = 0; j < positions; j++)
         for (int g = 0; g < heads_here; g++) {
           const int r = j * heads_here + g;

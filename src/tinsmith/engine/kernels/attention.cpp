@@ -226,9 +226,9 @@ void paged(Paged<T, DOT>& call, int threads) {
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < call.puts(); task++) call.put(task);
     }
-    typename Paged<T, DOT>::Scratch room(call);
+    const typename Paged<T, DOT>::Scratch room(call);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < call.tasks(); task++) call.run(task, room, task + 1 < call.tasks() ? task + 1 : -1);
+    for (int64_t task = 0; task < call.tasks(); task++) call.run(task, room);
   }
 }
 

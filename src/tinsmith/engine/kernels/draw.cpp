@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 64;
+constexpr int64_t SIDE = 8;
 constexpr float NEVER = -INFINITY;
 
 struct Candidate {
@@ -32,25 +33,33 @@ struct Row {
   }
   float weight(int64_t i) const { return exponential(exponent(i)); }
 
-  // The sum of the weights [start, start + BLOCK), or of as many as there are.
-  double block(int64_t start) const {
-    float kept[BLOCK];
-    const int64_t count = std::min(BLOCK, width - start);
-    each(count, [&](int64_t i, int64_t n) {
-      V e = exponential(sub(take(x + start + i, n), spread(top)));
-      if (n == W) store(kept + i, e);
-      else store_some(kept + i, e, n);
-    });
-    double sum = 0;
-    for (int64_t i = 0; i < count; i++) sum += kept[i];
-    return sum;
+  // f(sum of the weights) of block after block. SIDE of them are added up side by side, as each of them is a chain.
+  template <class F>
+  void each_block(F f) const {
+    float kept[SIDE][BLOCK];
+    for (int64_t start = 0; start < width; start += SIDE * BLOCK) {
+      const int64_t count = std::min(SIDE * BLOCK, width - start), whole = count / BLOCK;
+      each(count, [&](int64_t i, int64_t n) {
+        V e = exponential(sub(take(x + start + i, n), spread(top)));
+        float* to = &kept[0][0] + i;
+        if (n == W) store(to, e);
+        else store_some(to, e, n);
+      });
+      double sums[SIDE] = {};
+      if (whole == SIDE)
+        for (int64_t i = 0; i < BLOCK; i++)
+          for (int64_t b = 0; b < SIDE; b++) sums[b] += kept[b][i];
+      else
+        for (int64_t i = 0; i < count; i++) sums[i / BLOCK] += kept[i / BLOCK][i % BLOCK];
+      for (int64_t b = 0; b * BLOCK < count; b++) f(sums[b]);
+    }
   }
 
   // The first index at which the running sum exceeds u times the whole.
   int64_t draw(double u, std::vector<double>& sums) const {
     double whole = 0;
     sums.clear();
-    for (int64_t start = 0; start < width; start += BLOCK) sums.push_back(whole += block(start));
+    each_block([&](double sum) { sums.push_back(whole += sum); });
     const double wanted = u * whole;
     const size_t at = std::upper_bound(sums.begin(), sums.end(), wanted) - sums.begin();
     if (at < sums.size()) {
@@ -66,9 +75,9 @@ struct Row {
   }
 
   double whole() const {
-    double sum = 0;
-    for (int64_t start = 0; start < width; start += BLOCK) sum += block(start);
-    return sum;
+    double all = 0;
+    each_block([&](double sum) { all += sum; });
+    return all;
   }
 
   // The likeliest tokens in order, ties by their index: `top_k` of them (all where it is 0), or, if fewer, enough for

@@ -128,8 +128,8 @@ constexpr int64_t PHASES = 2;  // of a stage at most
 template <bool DOT>
 void attend_together(const Paged<bf16, DOT>& call, Phases& phases, int64_t phase, int thread) {
   phases.share(phase, call.puts(), thread, [&](int64_t task, int64_t) { call.put(task); });
-  typename Paged<bf16, DOT>::Scratch room(call);
-  phases.share(phase + 1, call.tasks(), thread, [&](int64_t task, int64_t next) { call.run(task, room, next); });
+  const typename Paged<bf16, DOT>::Scratch room(call);
+  phases.share(phase + 1, call.tasks(), thread, [&](int64_t task, int64_t) { call.run(task, room); });
 }
 
 void work(const std::vector<Stage>& stages, const Step& step, Phases& phases, int thread) {
