@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 _PIECE = 1 << 20  # bytes that are read at a time
 
@@ -16,26 +18,30 @@ def length(sizes: Sequence[int]) -> int:
 
 
 def pieces(files: Sequence[tuple[str, int, Path | None]]) -> Iterator[bytes]:
-    """The tar's bytes, of (name, size, where it lies) in this order; None lies nowhere and is empty. A file
-    that has become shorter ends the tar with an OSError, so that nobody takes it for whole."""
-    for name, size, path in files:
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = size, 0o644
-        yield info.tobuf(tarfile.GNU_FORMAT)
-        if path is not None:
-            yield from _content(path, size)
-        yield bytes(_padding(size))
+    """The tar's bytes, of (name, size, where it lies) in this order; None lies nowhere and is empty.
+
+    All are opened before the first byte: a checkpoint that is deleted meanwhile is sent whole. A file that
+    has become shorter ends the tar with an OSError, so that nobody takes it for whole.
+    """
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(open(path, "rb")) if path else None for _, _, path in files]
+        for (name, size, _), file in zip(files, opened, strict=True):
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = size, 0o644
+            yield info.tobuf(tarfile.GNU_FORMAT)
+            if file is not None:
+                yield from _content(file, size)
+            yield bytes(_padding(size))
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
-def _content(path: Path, size: int) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while size:
-            piece = file.read(min(size, _PIECE))
-            if not piece:
-                raise OSError(f"{path.name} has become shorter")
-            size -= len(piece)
-            yield piece
+def _content(file: BinaryIO, size: int) -> Iterator[bytes]:
+    while size:
+        piece = file.read(min(size, _PIECE))
+        if not piece:
+            raise OSError(f"{file.name} has become shorter")
+        size -= len(piece)
+        yield piece
 
 
 def _padding(size: int) -> int:
