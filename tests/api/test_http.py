@@ -453,9 +453,13 @@ def test_an_old_clients_json_gets_the_same_numbers_as_protobuf(raw: Raw, run: st
         results.append(answer.json())
         assert set(results[-1]) == {"loss_fn_output_type", "loss_fn_outputs", "metrics"}
     new = pb.ForwardBackwardOutput.FromString(raw.result(raw.forward_backward(run, 3))["protobuf"])
-    values = np.frombuffer(new.loss_fn_outputs[0].fields["logprobs"].data, "<f4").tolist()
+    arrays = {
+        name: {"data": np.frombuffer(field.data, "<f4").tolist(), "dtype": "float32", "shape": [8]}
+        for name, field in new.loss_fn_outputs[0].fields.items()
+    }
+    assert set(arrays) == {"logprobs", "elementwise_loss"}
     for result in results:
-        assert result["loss_fn_outputs"] == [{"logprobs": {"data": values, "dtype": "float32", "shape": [8]}}]
+        assert result["loss_fn_outputs"] == [arrays]
         assert result["metrics"] == dict(new.metrics)
     broken = {"model_id": run, "seq_id": 4, "forward_input": {"data": [5], "loss_fn": "cross_entropy"}}
     failure = raw.result(raw.ok("forward", broken)["request_id"])
