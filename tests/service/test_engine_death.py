@@ -71,7 +71,7 @@ def test_the_sdk_waits_for_the_replay_in_training_and_sampling_goes_on(server: S
         for each in (training, twin):
             each.forward_backward([datum()], "cross_entropy").result()
             each.optim_step(types.AdamParams(learning_rate=0.01)).result()
-        unnamed = training.save_weights_and_get_sampling_client()
+        unnamed = training.save_weights_and_get_sampling_client().result()
         futures = [base.sample(prompt, 1, params) for _ in range(20)]
         futures += [unnamed.sample(prompt, 1, params) for _ in range(2)]
         server.kill_engine()
@@ -82,9 +82,33 @@ def test_the_sdk_waits_for_the_replay_in_training_and_sampling_goes_on(server: S
             assert list(future.result(timeout=120).sequences[0].tokens) == list(expected)
         tokens = [list(each.result(timeout=120).sequences[0].tokens) for each in futures[20:]]
         assert tokens[0] == tokens[1]
-        assert tokens[0] == list(twin.save_weights_and_get_sampling_client().sample(prompt, 1, params)
-                                 .result().sequences[0].tokens)  # fmt: skip
+        other = twin.save_weights_and_get_sampling_client().result()
+        assert tokens[0] == list(other.sample(prompt, 1, params).result().sequences[0].tokens)
         assert sampler.compute_logprobs(prompt).result(timeout=60)[0] is None
+
+
+@pytest.mark.slow
+def test_what_the_engine_dies_of_three_times_is_given_up(tiny_model: Path, tmp_path: Path) -> None:
+    server = Server(tiny_model, tmp_path / "data", "--poll-hold", "1").start()
+    try:
+        raw = server.raw()
+        run, beside = raw.run(raw.session()), raw.run(raw.session())
+        raw.result(raw.forward_backward(run, 1))
+        raw.result(raw.optim(run, 2))
+        deadly = raw.forward_backward(run, 3, training_body(run, 3, (500,) * 200))
+        step, innocent = raw.optim(run, 4), raw.forward_backward(beside, 1)
+        for death in range(3):
+            wait_for(lambda: raw.retrieve(deadly).json()["queue_state"] == "active", what="it to be begun")
+            time.sleep(0.5)
+            server.kill_engine()
+            wait_for(lambda: raw.get("healthz").status_code == 503, 10, "the server to notice")
+            answer = raw.retrieve(deadly).json()
+            assert death == 2 or answer["queue_state"] == "paused_capacity"
+            server.wait_until_ready()
+        assert "the engine died 3 times while this request was carried out" in raw.result(deadly)["error"]
+        assert [each for each in (innocent, step) if "error" in raw.result(each)] == []
+    finally:
+        server.end()
 
 
 def test_a_server_whose_engine_keeps_dying_ends_and_says_so(tiny_model: Path, tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ class Samplers:
                 return None
             if self.revivable is not None and await self.revivable(row):
                 return None
+            if row.sampler in self._open:  # it has come back meanwhile
+                return None
             return (
                 f"the weights of {row.id} were never saved under a name, and went with the engine or the"
                 " session that held them; make a new sampling client with"
