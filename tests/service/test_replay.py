@@ -73,6 +73,7 @@ class Client:
     answers: dict[int, Any] = field(default_factory=dict)
     samples: dict[int, Any] = field(default_factory=dict)
     ahead: int = 6
+    source: str = ""  # the checkpoint that the run is made from
 
     async def work(self, service: Service, caller: Caller) -> None:
         random_ = random.Random(self.seed)
@@ -104,6 +105,9 @@ class Client:
                 values = {"session_id": session, "model_seq_id": 0, "base_model": "m",
                           "lora_config": {"rank": 4, "seed": 1}}  # fmt: skip
                 receipt = await training.create_model(caller, Fields(values))
+            case "create_by_load":
+                values = {"session_id": session, "model_seq_id": 0, "path": self.source, "optimizer": True}
+                receipt = await training.create_by_load(caller, Fields(values))
             case "forward" | "forward_backward":
                 receipt = await training.forward_backward(
                     caller, target, kind == "forward", about["body"], "identity"
@@ -250,7 +254,7 @@ def check(folder: Path, seed: int, *, runs: int = 3, length: int = 40, **setting
 
 @pytest.mark.parametrize("every", [0.0, 1e9], ids=["snapshots", "no snapshots"])
 def test_whatever_dies_every_outcome_is_that_of_a_calm_server(tmp_path: Path, every: float) -> None:
-    assert check(tmp_path, 7, snapshot_every=every) > 3
+    assert check(tmp_path, 7, runs=2, length=30, snapshot_every=every) > 3
 
 
 def test_what_the_engine_dies_of_again_and_again_is_given_up_and_nothing_else_is(tmp_path: Path) -> None:
@@ -313,6 +317,38 @@ def test_a_session_that_finishes_amid_a_replay_leaves_nothing_open(tmp_path: Pat
     live(work)
     assert any("has finished" in str(answer) for answer in client.answers.values())
     assert list((tmp_path / "blobs" / "snapshots").iterdir()) == []
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_that_was_made_from_a_checkpoint_takes_that_one_again_or_none(
+    tmp_path: Path, replaced: bool
+) -> None:
+    step: list[Command] = [("forward_backward", {"body": b"1"}), ("optim", {"learning_rate": 1.0})]
+    source = Client([("create", {}), *step, ("save", {"path": "x"}), *step], 0)
+    client = Client([("create_by_load", {}), *step, ("forward", {"body": b"forward-only"})], 0)
+
+    async def first() -> None:
+        life = await Life(tmp_path, snapshot_every=1e9).start()
+        await source.work(life.service, life.caller)
+        client.source = f"tinker://{source.run}/weights/x"
+        await client.work(life.service, life.caller)
+        if replaced:
+            source.commands.append(("save", {"path": "x", "overwrite": True}))
+            await source.work(life.service, life.caller)
+        life.kill(random.Random(0))
+
+    async def second() -> None:
+        life = await Life(tmp_path).start()
+        client.commands.append(("forward", {"body": b"forward-only"}))
+        await client.work(life.service, life.caller)
+        await life.stop()
+
+    live(first)
+    live(second)
+    if replaced:
+        assert "the checkpoint that seq_id 0 loaded is gone" in client.answers[4]
+    else:
+        assert client.answers[4] == client.answers[3]
 
 
 def test_a_run_whose_log_is_incomplete_is_lost_and_says_why(tmp_path: Path) -> None:
