@@ -309,6 +309,7 @@ class Run(Keeping):
                 await self._not_done(entry, step, Failure(failed.message, failed.category), handed=True)
             else:
                 assert isinstance(reply, Done)
+                self._replay.falls.pop(entry.seq_id, None)  # whatever the engine has died of, it was not this
                 await self._done(entry, step, reply)
         except EngineLost:  # its outcome comes from the replay
             self._replay.falls[entry.seq_id] += 1
