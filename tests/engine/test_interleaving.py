@@ -30,16 +30,19 @@ from tinsmith.engine.commands import (
     ModelSource,
     OpenSampler,
     OptimStep,
+    Piece,
     Publish,
     ReleaseRun,
     ReleaseSampler,
     Reply,
     SaveState,
+    Share,
 )
-from tinsmith.engine.engine import PIECE_SECONDS, RECENT, Engine
+from tinsmith.engine.engine import Engine
 from tinsmith.engine.metrics import Metrics
 from tinsmith.engine.rounds import PASS_ROWS, SHARED_PASS_ROWS, Rounds
 from tinsmith.engine.runs import Run
+from tinsmith.engine.turns import PIECE_SECONDS, RECENT
 
 Folder = Callable[[str], Path]
 ROW, DECODE, OPTIMIZE = 0.0002, 0.005, 0.01  # seconds of a trained row and of each step
@@ -67,11 +70,16 @@ class World:
         for name, sampler in self.engine._samplers.items():
             patch.setattr(sampler, "step", self._decode(name, sampler.step))
 
-    def _pass(self, work: Sequence[tuple[training.TrainingJob, training._Cut]], most: int) -> None:
+    def _pass(
+        self,
+        work: Sequence[tuple[training.TrainingJob, training._Cut]],
+        most: int,
+        pause: Callable[[], None] | None,
+    ) -> None:
         rows = sum(cut.rows for _, cut in work)
         self.time += rows * ROW
         self.events.append(("pass", rows))
-        training.run_pass(work, most)
+        training.run_pass(work, most, pause)
 
     def _decode(self, name: str, real: Callable[[], bool]) -> Callable[[], bool]:
         def step() -> bool:
@@ -327,6 +335,45 @@ def test_passes_stay_short_for_a_moment_after_the_last_sample(world: World) -> N
     world.time += RECENT
     world.engine.step()
     assert world.events[1] == ("pass", 2048 - 512)
+
+
+def test_a_pass_stands_still_for_samples_of_a_key_that_lacks_time(world: World) -> None:
+    """They come in the middle of another key's pass, which has the result that it has without them."""
+    world.create("disturbed", "alone")
+    samples: list[Reply] = []
+
+    def intake(seconds: float) -> bool:
+        if world.engine.shares.several:
+            return False
+        prompt = replace(sample("s", tokens(20, 1), max_tokens=400, stop=()), share=Share("steady"))
+        world.engine.submit(prompt, samples.append)  # type: ignore[arg-type]
+        return True
+
+    def train(run: str) -> Reply:
+        """The reply; `steps` are then the sampling steps that were made before it came."""
+        replies: list[Reply] = []
+
+        def answer(reply: Reply | Piece) -> None:
+            assert not isinstance(reply, Piece)
+            replies.append(reply)
+            steps.append(sum(what.startswith("sample") for what, _ in world.events))
+
+        command = replace(backward(run, 1, [400, 300, 200]), share=Share("flood"))
+        world.engine.submit(command, answer)
+        while not replies:
+            world.engine.step()
+        return replies[0]
+
+    steps: list[int] = []
+    alone = train("alone")
+    world.engine.intake = intake
+    disturbed = train("disturbed")
+    assert steps[0] == 0
+    assert steps[1] >= 5
+    assert not samples, "the key has its half, and not all that it wants"
+    assert isinstance(alone, Done)
+    assert isinstance(disturbed, Done)
+    assert alone.payload == disturbed.payload
 
 
 def test_company_of_the_other_kind_changes_no_bit(world: World) -> None:

@@ -26,7 +26,7 @@ from tinsmith.engine.commands import (
 from tinsmith.engine.engine import Engine
 from tinsmith.engine.passes import fill_pass
 from tinsmith.engine.sampler import Sampler
-from tinsmith.engine.shares import Costs, Shares
+from tinsmith.engine.shares import HOLD, Costs, Shares
 from tinsmith.engine.training import TrainingJob
 
 Folder = Callable[[str], Path]
@@ -215,6 +215,48 @@ def test_what_was_gained_is_not_saved_up() -> None:
     shares.charge(0.01, {"b": 0.01})
     assert shares.may("a")
     assert not shares.may("b")
+
+
+class TestWaiting:
+    """For a key that is about to come back, before a pass is begun that it would stand behind."""
+
+    def came_again(self, gap: float, *, waits: bool = True) -> tuple[Shares, list[float]]:
+        """A key that asked ten times, each time so long after its answer, beside one that always has work."""
+        now = [0.0]
+        shares = Shares(clock=lambda: now[0])
+        shares.enter(B)
+        for _ in range(10):
+            shares.enter(A, waits=waits)
+            now[0] += 0.1
+            shares.charge(0.1, {"b": 0.1})  # so that it lacks time
+            shares.leave("a")
+            now[0] += gap
+        now[0] -= gap
+        return shares, now
+
+    def test_who_comes_back_at_once_is_waited_for_a_little_longer_than_that(self) -> None:
+        shares, now = self.came_again(0.010)
+        assert 0.010 <= shares.expects() <= HOLD
+        now[0] += 0.025
+        assert shares.expects() <= 0
+
+    def test_who_takes_its_time_is_not(self) -> None:
+        assert self.came_again(0.050)[0].expects() == 0
+
+    def test_nor_who_could_be_served_within_the_pass(self) -> None:
+        assert self.came_again(0.010, waits=False)[0].expects() == 0
+
+    def test_nor_at_the_cost_of_who_lacks_time(self) -> None:
+        shares, _ = self.came_again(0.010)
+        shares.idle(60.0)
+        assert shares.expects() == 0
+
+    def test_what_the_device_stood_still_is_owed_to_those_who_had_work(self) -> None:
+        shares, _ = self.came_again(0.010)
+        shares.idle(60.0)
+        shares.enter(A)
+        assert shares.may("b")
+        assert not shares.may("a")
 
 
 def test_parts_of_a_step_are_by_weight_and_leave_nothing_unused() -> None:

@@ -8,7 +8,6 @@ are short. Nothing here waits or blocks but the work itself; a process (process.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,13 +65,12 @@ from tinsmith.engine.shares import Shares
 from tinsmith.engine.snapshots import Read
 from tinsmith.engine.text_folder import text_folder
 from tinsmith.engine.training import peak_bytes
+from tinsmith.engine.turns import Intake, Turns
 from tinsmith.wire.training import ContentError
 
 log = logging.getLogger(__name__)
 
 JOBS_AHEAD = 16  # forward_backwards of one run that are decoded at a time
-PIECE_SECONDS = 0.05  # of commands between two sampling steps, but for what the last of them takes
-RECENT = 0.5  # seconds after the last sampling step for which turns stay short
 
 
 class Engine:
@@ -132,9 +130,8 @@ class Engine:
         self._opening: dict[
             str, list[tuple[Sample, Answer]]
         ] = {}  # samples that wait for a sampler's weights
-        self._sampled = -math.inf  # when the last sampling step ended
-        self._passes_next = False  # whether training's last turn was one of commands
         self.rounds = Rounds(self.residents, self.shares, self.metrics, self.device.type, now)
+        self.turns = Turns(self._samplers, self.rounds, self._carry_out, self.device.type, now)
 
     @property
     def budget(self) -> Budget:
@@ -219,8 +216,17 @@ class Engine:
 
     # Commands
 
+    @property
+    def intake(self) -> Intake:
+        """What submits the commands that have come: to be set by who drives the engine."""
+        return self.turns.intake
+
+    @intake.setter
+    def intake(self, intake: Intake) -> None:
+        self.turns.intake = intake
+
     def submit(self, command: Command, answer: Answer) -> None:
-        """Take a command; `answer` is called once, now or in a later step."""
+        """Take a command; `answer` is called once, now or in a later step, or while a pass stands still."""
         self.residents.clock += 1
         try:
             self._take(command, answer)
@@ -252,7 +258,7 @@ class Engine:
                         sampler.release(weights)
                 answer(Done({}))
             case Sample():
-                entered = self._enter(command.share, answer)
+                entered = self._enter(command.share, answer, waits=not self.turns.interrupts)
                 try:
                     self._sample(command, entered)
                 except BaseException:
@@ -277,9 +283,9 @@ class Engine:
                     run.share = command.share
                 run.waiting.append((command, self._enter(run.share, answer)))
 
-    def _enter(self, share: Share, answer: Answer) -> Answer:
-        """Count a command among those of its share key until it is answered."""
-        self.shares.enter(share)
+    def _enter(self, share: Share, answer: Answer, *, waits: bool = True) -> Answer:
+        """Count a command among those of its share key until it is answered; it may `wait` for a pass."""
+        self.shares.enter(share, waits=waits)
 
         def answered(reply: Reply | Piece) -> None:
             if not isinstance(reply, Piece):
@@ -387,11 +393,9 @@ class Engine:
         return more
 
     def _cycle(self) -> bool:
-        """A turn of training, and sampling for as long as that took. Whether anything was done."""
+        """What the disk has finished, and a turn of training and sampling. Whether anything was done."""
         written = self._disk.take()
-        started = self.now()
-        trained = self._train()
-        return self._sample_for(self.now() - started) or trained or written
+        return self.turns.take() or written
 
     def _leave(
         self, files: Files, command: Command, answer: Answer, began: float, run: Run | None = None
@@ -410,39 +414,6 @@ class Engine:
             answer(reply)
 
         self._disk.do(files.work, finish)
-
-    def _sample_for(self, seconds: float) -> bool:
-        """Sampling steps of all models in turns, one at least of each. Whether there was any."""
-        done, started = False, self.now()
-        working = [sampler for sampler in self._samplers.values() if sampler.pending]
-        while working:
-            for sampler in working:
-                sampler.step()
-                done |= not sampler.stuck
-            self._sampled = self.now()
-            working = [sampler for sampler in working if sampler.pending and not sampler.stuck]
-            if self._sampled - started >= seconds:
-                break
-        return done
-
-    def _train(self) -> bool:
-        """All commands that are due, and a pass. While samples run, it is commands or a pass, in turns where
-        there is work for both, so that no decode step waits for more than one. Whether there was anything."""
-        short = self._sampling()
-        if short and self._passes_next and self.rounds.run(short):
-            self._passes_next = False
-            return True
-        done, heavy = self._carry_out(self.now() + PIECE_SECONDS if short else math.inf)
-        self._passes_next = heavy
-        if short and heavy:
-            return True
-        return self.rounds.run(short) or done
-
-    def _sampling(self) -> bool:
-        """Whether samples run, or did a moment ago: who asks for one after the other is back soon."""
-        if any(sampler.pending for sampler in self._samplers.values()):
-            return True
-        return self.now() - self._sampled < RECENT
 
     def _carry_out(self, until: float) -> tuple[bool, bool]:
         """Due commands of all runs, until a time. Whether there were any, and whether that was more than

@@ -11,9 +11,11 @@ import asyncio
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import importlib
 import logging
+import math
 import os
 import pickle
 import queue
@@ -296,6 +298,8 @@ async def _read(reader: asyncio.StreamReader) -> bytes:
 
 
 class _Drivable(Protocol):
+    intake: Callable[[float], bool]
+
     def info(self) -> EngineInfo: ...
 
     def submit(self, command: Command, answer: Callable[[Reply | Piece], None]) -> None: ...
@@ -408,27 +412,49 @@ def _cpu_share(folder: Path) -> float:
     return 1e6
 
 
+class _Intake:
+    """Hands the engine what comes in."""
+
+    def __init__(
+        self,
+        engine: _Drivable,
+        incoming: queue.SimpleQueue[tuple[int, Command] | None],
+        answer: Callable[[int, Reply | Piece], None],
+        now: Callable[[], float],
+    ) -> None:
+        self._engine, self._incoming, self._answer, self._now = engine, incoming, answer, now
+        self.stopping = False
+
+    def __call__(self, seconds: float) -> bool:
+        """Wait so long for a command at most, then submit it and those that stand behind it, for a moment:
+        steps do not wait until all of a flood of them is taken. Whether there was any."""
+        taken, until = False, math.inf
+        patience = None if seconds == math.inf else seconds
+        with contextlib.suppress(queue.Empty):
+            while not self.stopping and (not taken or self._now() < until):
+                wait = not taken and seconds > 0
+                message = self._incoming.get(wait, patience if wait else None)
+                if message is None:
+                    self.stopping = True
+                    break
+                number, command = message
+                until = until if taken else self._now() + _INTAKE
+                taken = True
+                self._engine.submit(command, functools.partial(self._answer, number))
+        return taken
+
+
 def _drive(
     engine: _Drivable,
     incoming: queue.SimpleQueue[tuple[int, Command] | None],
     answer: Callable[[int, Reply | Piece], None],
     now: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Submit what has come in, step while there is work, sleep while there is none. Steps do not wait until
-    all of a flood of commands is taken."""
-    working, stopping = False, False
-    while working or not stopping:
-        until: float | None = None
-        with contextlib.suppress(queue.Empty):
-            while not stopping and (until is None or now() < until):
-                message = incoming.get(block=not working)
-                until = now() + _INTAKE if until is None else until
-                if message is None:
-                    stopping = True
-                    break
-                number, command = message
-                engine.submit(command, lambda reply, number=number: answer(number, reply))  # type: ignore[misc]
-                working = True
+    """Submit what has come in, step while there is work, sleep while there is none."""
+    intake = engine.intake = _Intake(engine, incoming, answer, now)
+    working = False
+    while working or not intake.stopping:
+        working |= intake(0.0 if working else math.inf)
         working = working and engine.step()
 
 

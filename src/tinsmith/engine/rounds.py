@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tinsmith.engine.aside import Aside
 from tinsmith.engine.commands import Done, Failed, ForwardBackward
@@ -26,6 +26,7 @@ BODY_LIMIT = 256 << 20  # bytes of a decompressed forward_backward body
 PASS_ROWS = {"cpu": 4096, "cuda": 32768}  # rows of a training pass
 # The same while samples or several share keys are running; on a GPU at most, see pace.py.
 SHARED_PASS_ROWS = {"cpu": 512, "cuda": 8192}
+PIECE = 0.004  # seconds of a pass before others may have a turn within it
 
 
 class Rounds:
@@ -42,6 +43,7 @@ class Rounds:
         """device: its type, "cpu" or "cuda"; now: the clock that passes are timed by, in seconds."""
         self.residents, self.shares, self.metrics, self.device = residents, shares, metrics, device
         self.now = now
+        self.between: Callable[[Callable[[], bool]], None] | None = None
         self._costs = {False: Costs(), True: Costs()}  # by forward_only
         self._pace = Pace()
 
@@ -83,30 +85,29 @@ class Rounds:
         if not work:
             return False
         jobs = list({id(job): job for job, _ in work}.values())
-        started, broken = self.now(), False
+        rows: Counter[str] = Counter()
+        for job, index in work:
+            rows[job.key] += job.cuts[index].rows
+        costs = self._costs[jobs[0].forward_only]
+        bill = _Bill(self, costs, rows)
+        broken = False
         for job in jobs:
             job.started = job.started or time.time()
         try:
-            run_pass([(job, job.cuts[index]) for job, index in work], residents.budget.passes)
+            cuts = [(job, job.cuts[index]) for job, index in work]
+            run_pass(cuts, residents.budget.passes, bill.pause if self.between is not None else None)
         except Exception as error:
             self._pass_failed(jobs, error)
             broken = True
         else:
             for job, index in work:
                 job.next = index + 1
-        seconds = self.now() - started
-        rows: Counter[str] = Counter()
-        for job, index in work:
-            rows[job.key] += job.cuts[index].rows
-        costs = self._costs[jobs[0].forward_only]
+        seconds = bill.close()
         costs.observe(rows.total(), seconds)
         if not jobs[0].forward_only and not broken:
             self._pace.observe(rows.total(), seconds)
         self.metrics.train_pass_seconds.observe(seconds)
         self.metrics.train_pass_fill.observe(rows.total() / limit)
-        self.shares.charge(
-            seconds, {key: costs.estimate(own, rows.total(), seconds) for key, own in rows.items()}
-        )
         for run in residents.runs.values():
             self._finish(run)
         return True
@@ -139,3 +140,37 @@ class Rounds:
                 self.residents.make_room(keep=run.name)
             self.metrics.tokens["train"] += job.tokens
             job.answer(Done(payload, {"train": job.tokens}, {"started": job.started}))
+
+
+class _Bill:
+    """What a pass costs the share keys in it, charged a part at a time: it may pause between its layers."""
+
+    def __init__(self, rounds: Rounds, costs: Costs, rows: Mapping[str, int]) -> None:
+        self._rounds, self._rows = rounds, rows
+        self._since, self._seconds = rounds.now(), 0.0
+        whole = sum(rows.values())
+        known = costs.seconds(whole)
+        self._parts = {
+            key: costs.estimate(own, whole, known) / known if known else own / whole
+            for key, own in rows.items()
+        }
+
+    def pause(self) -> None:
+        """Let others work who lack time, for as long as nobody in this pass may."""
+        rounds = self._rounds
+        if rounds.now() - self._since < PIECE:
+            return
+        assert rounds.between is not None
+        self._charge()
+        rounds.between(lambda: any(map(rounds.shares.may, self._rows)))
+        self._since = rounds.now()
+
+    def close(self) -> float:
+        """Charge the rest; returns the seconds of all parts."""
+        self._charge()
+        return self._seconds
+
+    def _charge(self) -> None:
+        seconds = self._rounds.now() - self._since
+        self._seconds += seconds
+        self._rounds.shares.charge(seconds, {key: seconds * part for key, part in self._parts.items()})

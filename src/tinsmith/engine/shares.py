@@ -29,6 +29,7 @@ _MOST = 2.0  # seconds: what is lacking beyond is forgotten,
 _LEAST = -1.0  # and so is what was received beyond
 _FALLS, _RISES = 0.3, 0.02  # by how much of what is measured an estimate moves
 LEAST_ROWS = 16  # fewer take as long
+HOLD = 0.025  # seconds: who mostly comes back sooner is waited for
 RECENT = 5.0  # seconds for which a key without work is expected back
 
 
@@ -38,6 +39,8 @@ class _Account:
     commands: int = 0  # that are not answered
     lacks: float = 0.0  # seconds
     left: float = float("-inf")  # when it last had work
+    away: float = 4 * HOLD  # seconds for which it mostly has none between two commands; no more than that
+    waits: bool = False  # whether what it last asked for stands behind a whole pass of another's
 
 
 @dataclass(slots=True)
@@ -51,10 +54,10 @@ class Shares:
     _there: frozenset[str] = frozenset()  # the keys that had work during it
     _behind: bool = False  # whether somebody lacks so much that others stand back
 
-    def enter(self, share: Share) -> None:
-        """A command of this key has come."""
+    def enter(self, share: Share, *, waits: bool = False) -> None:
+        """A command of this key has come; whether it `waits` for the end of a pass that is under way."""
         account = self._accounts.setdefault(share.key, _Account())
-        account.weight = share.weight
+        account.weight, account.waits = share.weight, waits
         account.commands += 1
         if account.commands == 1:
             self._come(share.key, account)
@@ -62,6 +65,7 @@ class Shares:
     def _come(self, key: str, account: _Account) -> None:
         """A key has work again."""
         away = self.clock() - account.left
+        account.away += 0.3 * (min(away, 4 * HOLD) - account.away)
         if away >= RECENT:
             account.lacks = 0.0
         elif account.lacks < 0:  # while it was away, others had what it had received before them
@@ -117,6 +121,26 @@ class Shares:
             return True
         account = self._active.get(key)
         return account is None or account.lacks > 0
+
+    def expects(self) -> float:
+        """Seconds to wait for a key that will be back in a moment, as it was before, and would then stand
+        behind a whole pass: where those who have work have had their parts."""
+        if any(account.lacks > 0 for account in self._active.values()):
+            return 0.0
+        now = self.clock()
+        due = [
+            account.left + 1.5 * account.away - now
+            for account in self._accounts.values()
+            if account.waits and not account.commands and account.away <= HOLD and account.lacks >= 0
+        ]
+        return max(due, default=0.0)
+
+    def idle(self, seconds: float) -> None:
+        """Nobody had the device, for the sake of a key that was expected: those who have work are owed it."""
+        for key, account in self._active.items():
+            if key in self._there:
+                account.lacks += seconds
+        self._settle()
 
     def charge(self, seconds: float, alone: Mapping[str, float]) -> None:
         """A step of `seconds` has passed, of which each key has received what it would have taken alone."""

@@ -165,10 +165,15 @@ def _cut(lengths: Sequence[int]) -> list[_Cut]:
     return cuts
 
 
-def run_pass(work: Sequence[tuple[TrainingJob, _Cut]], most_bytes: int | None = None) -> None:
+def run_pass(
+    work: Sequence[tuple[TrainingJob, _Cut]],
+    most_bytes: int | None = None,
+    pause: Callable[[], None] | None = None,
+) -> None:
     """Run one block of each pair through the model together, all of one model, all with or all without
     gradients. Results go into the jobs; the caller advances `job.next`. Where the pass would need more than
-    `most_bytes`, layers' activations are computed again in the backward pass rather than kept.
+    `most_bytes`, layers' activations are computed again in the backward pass rather than kept. `pause` is
+    called between layers, and may compute something else meanwhile.
 
     Blocks of one adapter stand together in one segment.
     """
@@ -205,7 +210,8 @@ def run_pass(work: Sequence[tuple[TrainingJob, _Cut]], most_bytes: int | None = 
             row += n
         at += cut.rows
     recurrent = PackedRecurrence(segments, spans, model.device) if model.apart else None
-    this = Pass(segments, PackedSequences(spans, rows, model.device, model.dtype), recurrent)
+    attention = PackedSequences(spans, rows, model.device, model.dtype)
+    this = Pass(segments, attention, recurrent, pause=pause)
     this.long = model.long_rows([(row, n, n) for row, n in spans], rows)
     if backward and most_bytes is not None:
         longest = max(cut.rows for _, cut in work)
@@ -214,7 +220,7 @@ def run_pass(work: Sequence[tuple[TrainingJob, _Cut]], most_bytes: int | None = 
     with torch.set_grad_enabled(backward), running(this):
         hidden = model.hidden(ids.to(model.device), positions.to(model.device), this, visual)
         gradient = torch.zeros_like(hidden) if backward else None
-        finish = [_loss(job, cut, hidden.detach(), gradient, start) for job, cut, start in blocks]
+        finish = [_loss(job, cut, hidden.detach(), gradient, start, pause) for job, cut, start in blocks]
         if gradient is not None and hidden.requires_grad:
             hidden.backward(gradient)
     for each in finish:
@@ -234,7 +240,12 @@ def unembed_rows(model: BaseModel) -> int:
 
 
 def _loss(
-    job: TrainingJob, cut: _Cut, hidden: Tensor, gradient: Tensor | None, start: int
+    job: TrainingJob,
+    cut: _Cut,
+    hidden: Tensor,
+    gradient: Tensor | None,
+    start: int,
+    pause: Callable[[], None] | None,
 ) -> Callable[[], None]:
     """Loss and logprobs of one block, and d loss / d hidden into `gradient`: the logits of unembed_rows rows
     at a time, counted from the block's own start. Returns what takes the results into the job, which waits
@@ -253,7 +264,7 @@ def _loss(
 
     def unembed(part: slice, *, backward: bool) -> _Unembedded:
         rows = hidden[start + part.start : start + part.stop]
-        return _Unembedded.of(job, rows, targets[part], backward=backward)
+        return _Unembedded.of(job, rows, targets[part], backward=backward, pause=pause)
 
     def take_back(logits: _Unembedded, part: slice, dlp: Tensor) -> None:
         assert gradient is not None
@@ -300,11 +311,19 @@ class _Unembedded:
     this: Pass
 
     @classmethod
-    def of(cls, job: TrainingJob, rows: Tensor, targets: Tensor, *, backward: bool) -> _Unembedded:
+    def of(
+        cls,
+        job: TrainingJob,
+        rows: Tensor,
+        targets: Tensor,
+        *,
+        backward: bool,
+        pause: Callable[[], None] | None = None,
+    ) -> _Unembedded:
         segment = Segment(0, len(rows), job.weights)
         if job.gradients is not None:
             segment.blocks.append(Block(0, len(rows), job.gradients))
-        this = Pass([segment])
+        this = Pass([segment], pause=pause)
         with torch.set_grad_enabled(backward):
             if backward:
                 rows = rows.detach().requires_grad_(True)

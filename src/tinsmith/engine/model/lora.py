@@ -349,6 +349,8 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.this.pause is not None:
+            ctx.this.pause()
         (dy,) = grads
         x, weight, *saved = ctx.saved_tensors
         rest, has = iter(saved), iter(ctx.has)
@@ -436,6 +438,8 @@ class LoraLinear(nn.Module):
         this = current_pass()
         if this is None:
             return F.linear(x, self.weight, self.bias)
+        if this.pause is not None:
+            this.pause()
         flat = x.reshape(-1, self.in_features)
         if this.places is not None:
             flat = flat.index_select(0, this.places.of_rows)

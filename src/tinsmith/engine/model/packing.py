@@ -101,6 +101,7 @@ class Pass:
     anchor: Tensor | None = None
     long: Tensor | None = None  # bool [rows]: whose sequence is a long one, see rotations.py; None: none is
     recomputes: bool = False  # whether layers are computed again in the backward pass: see recomputing.py
+    pause: Callable[[], None] | None = None  # called at every layer with adapters, in both directions
     adapters: Any = None  # the segments as the kernels of a GPU want them: see kernels/gpu_lora.py
     plans: dict[tuple[int, ...], Any] = field(default_factory=dict)  # lora.py's, of some of the segments
 
