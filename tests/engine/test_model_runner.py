@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,3 +55,24 @@ def test_a_step_in_place_has_the_bits_of_one_built_anew(
     for mine, anew in zip(ours, run(Sampler(model, PLENTY), *work), strict=True):
         for a, b in zip(mine.sequences, anew.sequences, strict=True):
             assert (a.tokens, a.logprobs) == (b.tokens, b.logprobs)
+
+
+def test_what_has_ended_is_held_by_nobody(folder: Folder) -> None:
+    """An adapter that is released gives its memory back at once, not with the next request."""
+    model = load(folder("qwen3"), torch.bfloat16)
+    sampler = Sampler(model, PLENTY)
+    for ends_by in ("itself", "a cancel"):
+        weights = make_run(model, 8).weights
+        held = weakref.ref(weights)
+        sampler.add(sample("x", tokens(9, 1), max_tokens=20, stop=()), weights, lambda _: None)
+        for _ in range(5):
+            sampler.step()
+        assert sampler.running
+        if ends_by == "a cancel":
+            sampler.cancel("x")
+        while sampler.step():
+            pass
+        sampler.release(weights)
+        del weights
+        gc.collect()
+        assert held() is None, f"after it ended by {ends_by}"

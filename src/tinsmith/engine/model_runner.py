@@ -109,6 +109,10 @@ class ModelRunner:
             self._last = step if step.again is not None else None
         return step
 
+    def forget(self) -> None:
+        """Hold on to no sequence: nothing runs."""
+        self._last = None
+
     def _build(self, plan: Plan) -> Step:
         groups: dict[int, list[tuple[SampledSequence, int]]] = {}
         for sequence, count in plan:

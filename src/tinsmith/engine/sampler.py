@@ -151,6 +151,8 @@ class Sampler:
         request = self.requests.get(name)
         if request is not None:
             self._fail(request, "cancelled", "user")
+            if not self.running:
+                self.runner.forget()
 
     def release(self, weights: AdapterWeights) -> None:
         """Forget what the cache knows of an adapter."""
@@ -177,6 +179,8 @@ class Sampler:
                 for request in {id(s.request): s.request for s, _ in plan}.values():
                     self._fail(request, text, "server")
             self._charge(keys, time.perf_counter() - started)
+        if not self.running:
+            self.runner.forget()
         return self.pending > 0
 
     def _prefill_rows(self) -> int:
