@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from tinker.types import (
     UserSearchOwner,
 )
 
-from tests.harness import KEY, MODEL, Raw, Server, datum, detail, wait_for
+from tests.harness import KEY, MODEL, Raw, Server, datum, detail, operate, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::tinker.lib.experimental.ExperimentalWarning")
 
@@ -224,6 +225,47 @@ def test_whose_sessions_are_searched(server: Server, rest: tinker.RestClient) ->
     for owner in (AccessibleSearchOwner(), by_urn):
         assert found(rest, display_name=mark, owner=owner) == []
         assert found(rest, session_id=mine, owner=owner) == []
+
+
+def test_the_operator_cancels_a_session(server: Server) -> None:
+    mark = uuid.uuid4().hex
+    key = server.new_key(mark, "--org", mark)
+    raw, rest = server.raw(key), tinker.RestClient(base_url=server.url, api_key=key)
+    session, other = named(raw, mark), named(raw, mark)
+    run, spared = raw.run(session), raw.run(other)
+    path = raw.result(raw.save(run, 1, "kept"))["path"]
+    waiting = raw.optim(run, 3)  # for the request with seq_id 2
+    body = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL}
+    sampler = raw.ok("create_sampling_session", body)["sampling_session_id"]
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1]}]}
+    body = {"sampling_session_id": sampler, "seq_id": 0, "prompt": prompt, "sampling_params": {}}
+    words = ("session", "cancel", session, "--org", mark)
+    assert "cancelled" in server.operate(*words, "--reason", "over its budget")
+    assert operate([*words, "--data", str(server.data)]) == 1  # it has ended already
+    assert "over its budget" in server.operate("session", "list", "--org", mark)
+    # Its work ends, and says why.
+    why = "was cancelled by the operator (over its budget)"
+    assert f"the session of this training run {why}" in raw.result(waiting)["error"]
+    assert f"the session of {sampler} {why}" in detail(raw.post("asample", body))
+    assert why in raw.result(raw.optim(run, 4))["error"]
+    for route, more in (
+        ("session_heartbeat", {}),
+        ("create_model", {"model_seq_id": 1, "base_model": MODEL, "lora_config": {"rank": 4}}),
+    ):
+        gone = raw.post(route, {"session_id": session, **more})
+        assert gone.status_code == 410
+        assert f"the session {session} {why}" in detail(gone)
+    raw.ok(f"sessions/{session}/finish", {"reason": {"type": "success"}})  # its client leaves late
+    assert status(rest, session) == {"type": "cancelled", "detail": "over its budget"}
+    assert found(rest, display_name=mark, statuses=[CancelledSessionStatusQuery()]) == [session]
+    assert found(rest, display_name=mark, statuses=[ClientFinishedSessionStatusQuery()]) == []
+    # What it saved is there, and others go on.
+    assert rest.get_weights_info_by_tinker_path(path).result().lora_rank == 4
+    assert "error" not in raw.result(raw.optim(spared, 1))
+    log = json.loads(server.operate("audit", "--org", mark, "--json"))
+    assert [each["event_details"]["session_id"] for each in log if each["event"] == "session_cancel"] == [
+        session
+    ]
 
 
 def test_a_session_moves_with_its_runs(server: Server) -> None:

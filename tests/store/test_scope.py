@@ -115,7 +115,7 @@ def test_the_api_and_whatever_knows_a_caller_asks_within_the_callers_scope() -> 
         "service/runs.py": {"take_up", "_revivable", "_revive"},
         # Of a sampling session that was found within the caller's scope: whether its weights are there.
         "service/samplers.py": {"_release_unnamed", "put_away", "why_gone"},
-        "service/sessions.py": {"is_finished", "move", "work", "take_up"},  # as above
+        "service/sessions.py": {"end_of", "look_for_ends", "take_up"},
         "service/uploads.py": {"put"},  # as above
         # A load that has been begun goes on with the checkpoint that was allowed to it then.
         "service/steps.py": {"_claim", "_publish_ephemeral", "find_checkpoint", "get_checkpoint"},

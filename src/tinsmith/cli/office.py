@@ -19,6 +19,7 @@ from tinsmith.service.audit import Actor
 from tinsmith.service.key_administration import KeyAdministration
 from tinsmith.service.limit_administration import LimitAdministration
 from tinsmith.service.named import AdminError
+from tinsmith.service.session_administration import SessionAdministration
 from tinsmith.store import Connection, DatabaseError, Store, WriteFailed
 
 from .options import add_settings, read_settings
@@ -37,6 +38,7 @@ class Office:
         self.people = Administration(store, actor)
         self.keys = KeyAdministration(store, actor)
         self.limits = LimitAdministration(store, actor)
+        self.sessions = SessionAdministration(store, actor)
         self._store = store
         self._as_json = as_json
 

@@ -30,7 +30,7 @@ class Asides:
     async def sweep(self) -> None:
         """Delete sequences whose day is over, and all that a finished session has left."""
         for key in await asyncio.to_thread(lambda: list(self._context.blobs.keys("aside"))):
-            if await self._sessions.is_finished(key.partition("/")[2]):
+            if await self._sessions.end_of(key.partition("/")[2]) is not None:
                 await asyncio.to_thread(self._context.blobs.delete, key)
             else:
                 await asyncio.to_thread(_expire, self._context.blobs.path(key), time.time())

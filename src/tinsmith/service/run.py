@@ -353,9 +353,12 @@ class Run(Keeping):
                 self._context.spawn(shelf.release(self._context, self.row))
         await self._recorder.record(entry.request, failure, {}, extra)
 
-    async def close(self) -> None:
-        """The session has finished: what is under way is carried out, then the memory is freed."""
+    async def close(self, end: str, *, at_once: bool = False) -> None:
+        """The session has finished, as `end` says: what is under way is carried out (`at_once`: what the
+        engine has of it), then the memory is freed."""
+        self._end = end
         self._closing = True
+        self._held |= at_once
         self._context.limits.wake()
         async with self._moving:
             pass

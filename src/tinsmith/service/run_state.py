@@ -46,8 +46,13 @@ class RunState:
         self._held = False
         self._replay = Progress()
         self._why_failed = ""
+        self._end = "has finished"  # how the session has ended, once it has
         self._why_lost = row.lost or ""
         self._lost_message: str | None = None
+
+    def was_closed(self, end: str) -> None:
+        """The session had finished, as `end` says, before this run was asked for again."""
+        self._end, self.phase = end, "closed"
 
     @property
     def phase(self) -> Phase:
@@ -109,7 +114,7 @@ class RunState:
                 " from it with create_training_client_from_state()"
             )
         if self.phase == "closed":
-            return "the session of this training run has finished; create a new training client"
+            return f"the session of this training run {self._end}; create a new training client"
         if self.phase == "fresh":
             return "this training run has not been created yet"
         return f"this training run exists already ({self.row.id})"

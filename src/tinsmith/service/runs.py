@@ -226,8 +226,8 @@ class Runs:
         if row is None:
             return None
         run = self._make(row)
-        if await self._sessions.is_finished(row.session_id):
-            run.phase = "closed"
+        if (end := await self._sessions.end_of(row.session_id)) is not None:
+            run.was_closed(end)
         since = 0 if row.snapshot_seq is None else row.snapshot_seq + 1
         logged = await store.read(partial(commands.log_of_run, run_id=run_id, scope=scope, since=since))
         known = self._runs.setdefault(run_id, run)
@@ -293,8 +293,9 @@ class Runs:
             run.engine_lost()
 
     async def _session_finished(self, session_id: str) -> None:
+        end = await self._sessions.end_of(session_id)
         for run in self._of_session(session_id):
-            await run.close()
+            await run.close(end or "has finished", at_once=self._sessions.was_cancelled(session_id))
             self._runs.pop(run.row.id, None)
         # Nothing goes on from here: what was put away is of no use any more.
         for key in await self._context.store.write(partial(runs.drop_snapshots, session_id=session_id)):

@@ -102,9 +102,9 @@ class Sampling:
             request_id = f"{row.id}:{request.seq_id}"
             if (known := self._samples.get(request_id)) is not None:
                 return _promise(known)
-            if await self._sessions.is_finished(row.session_id):
+            if (end := await self._sessions.end_of(row.session_id)) is not None:
                 raise Gone(
-                    f"sampling_session_id: the session of {row.id} has finished; create a new sampling client"
+                    f"sampling_session_id: the session of {row.id} {end}; create a new sampling client"
                 )
         else:
             caller.require(caller.home, "sample")

@@ -173,6 +173,7 @@ class Service:
             await asyncio.sleep(min(_FLUSH_EVERY, look_every, sweep_every))
             now = time.monotonic()
             try:
+                await self.sessions.look_for_ends()
                 if now - flushed >= _FLUSH_EVERY or sweep_every < _FLUSH_EVERY:
                     flushed = now
                     self.runs.flush()

@@ -26,9 +26,11 @@ from .caller import Caller
 from .context import Context
 from .errors import Forbidden, Gone, NotFound
 from .metering import ZERO, month_of, spent_by_place
-from .session_status import status_of
+from .session_status import how_it_ended, status_of
 
 __all__ = ["FoundSession", "Sessions"]
+
+_LATE = 60.0  # seconds that a write may have taken from its time to its place in the database
 
 
 class Sessions:
@@ -36,6 +38,7 @@ class Sessions:
         self._context = context
         self._rows: dict[str, SessionRow] = {}
         self._seen: dict[str, float] = {}  # monotonic; sessions whose clients are taken for alive
+        self._looked = time.time()
         self.on_finish: list[Callable[[str], Awaitable[None]]] = []
         self.on_move: list[Callable[[str, str], None]] = []
         self.on_silence: list[Callable[[str], Awaitable[None]]] = []
@@ -121,7 +124,8 @@ class Sessions:
             old = sessions.move(connection, session_id, found.id)
             about = {"session_id": session_id, "project_id": old}
             record(connection, Actor.of(caller), caller.org_id, "session", "move", about, {"to": found.id})
-            spent = spent_by_place(connection, SERVER, month, session_id)
+            whole = Scope(caller.org_id, caller.user_id, None)
+            spent = spent_by_place(connection, whole, month, session_id)
             return old, spent.get((caller.org_id, found.id), ZERO)
 
         old, spent = await self._context.write(work)
@@ -150,17 +154,24 @@ class Sessions:
         row = await self.get(caller, session_id)
         caller.require(row.project_id, right)
         if row.finished_at is not None:
-            raise Gone(f"session_id: the session {session_id} has finished; create a new ServiceClient")
+            raise Gone(
+                f"session_id: the session {session_id} {how_it_ended(row)}; create a new ServiceClient"
+            )
         self.seen(session_id)
         return row
 
-    async def is_finished(self, session_id: str) -> bool:
+    def was_cancelled(self, session_id: str) -> bool:
+        row = self._rows.get(session_id)
+        return row is not None and row.finish_reason == "cancelled"
+
+    async def end_of(self, session_id: str) -> str | None:
+        """How a session has ended, in words; None while it goes on."""
         row = self._rows.get(session_id)
         if row is None:
             row = await self._context.store.read(
                 lambda connection: sessions.get(connection, session_id, SERVER)
             )
-        return row is not None and row.finished_at is not None
+        return how_it_ended(row) if row is not None and row.finished_at is not None else None
 
     def seen(self, session_id: str) -> None:
         self._seen[session_id] = time.monotonic()
@@ -170,7 +181,7 @@ class Sessions:
         row = await self.get(caller, session_id)
         caller.require_over(row)
         if row.finished_at is not None:
-            raise Gone(f"session_id: the session {session_id} has finished")
+            raise Gone(f"session_id: the session {session_id} {how_it_ended(row)}")
         self.seen(session_id)
 
     async def finish(self, caller: Caller, session_id: str, request: FinishSession) -> None:
@@ -179,13 +190,31 @@ class Sessions:
         if row.finished_at is not None:
             return
         now = time.time()
-        await self._context.store.write(
-            lambda connection: sessions.finish(connection, session_id, request.reason, request.detail, now)
+        self._ended(
+            await self._context.store.write(
+                lambda connection: sessions.finish(
+                    connection, session_id, request.reason, request.detail, now
+                )
+            )
         )
-        self._rows[session_id] = replace(row, finished_at=now, finish_reason=request.reason)
-        self._seen.pop(session_id, None)
+
+    def _ended(self, row: SessionRow) -> None:
+        known = self._rows.get(row.id)
+        if known is not None and known.finished_at is not None:
+            return
+        self._rows[row.id] = row
+        self._seen.pop(row.id, None)
         for react in self.on_finish:
-            self._context.spawn(_call(react, session_id))
+            self._context.spawn(_call(react, row.id))
+
+    async def look_for_ends(self) -> None:
+        """Take note of the sessions that another process has ended: the operator's commands."""
+        since, self._looked = self._looked, time.time()
+        rows = await self._context.store.read(
+            lambda connection: sessions.finished_since(connection, SERVER, since - _LATE)
+        )
+        for row in rows:
+            self._ended(row)
 
     def look_for_silence(self) -> None:
         """Release the memory of sessions that gave no sign of life for too long."""

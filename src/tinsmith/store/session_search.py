@@ -80,4 +80,4 @@ def _has_status(wanted: StatusFilter, alive: Collection[str]) -> sa.ColumnElemen
         return finished & ~erred & sessions.c.finish_reason.in_(wanted.reasons)
     if wanted.kind == "active":
         return ~finished & ~sessions.c.lost & sessions.c.id.in_(alive)
-    return sa.false()  # nothing cancels a session here
+    return finished & (sessions.c.finish_reason == "cancelled")

@@ -73,6 +73,11 @@ def unfinished(connection: sa.Connection, scope: Scope) -> list[SessionRow]:
     return [read(row) for row in connection.execute(query)]
 
 
+def finished_since(connection: sa.Connection, scope: Scope, since: float) -> list[SessionRow]:
+    query = sessions.select().where(scope.rows(sessions), sessions.c.finished_at >= since)
+    return [read(row) for row in connection.execute(query)]
+
+
 def page(connection: sa.Connection, scope: Scope, limit: int, offset: int) -> list[SessionRow]:
     """The newest first."""
     query = sessions.select().where(scope.rows(sessions)).order_by(sessions.c.created_at.desc())
@@ -109,13 +114,16 @@ def members(connection: sa.Connection, session_id: str, scope: Scope) -> tuple[l
     return list(connection.scalars(of_runs)), list(connection.scalars(of_samplers))
 
 
-def finish(connection: sa.Connection, session_id: str, reason: str, detail: str | None, now: float) -> None:
-    """Mark a session as finished. The first one to say so wins."""
+def finish(
+    connection: sa.Connection, session_id: str, reason: str, detail: str | None, now: float
+) -> SessionRow:
+    """Mark a session as finished. The first one to say so wins; the row as it is then."""
     connection.execute(
         sessions.update()
         .where(sessions.c.id == session_id, sessions.c.finished_at.is_(None))
         .values(finished_at=now, finish_reason=reason, finish_detail=detail)
     )
+    return read(connection.execute(sessions.select().where(sessions.c.id == session_id)).one())
 
 
 def failed(
