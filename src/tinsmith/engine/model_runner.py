@@ -76,6 +76,8 @@ class Again:
     epoch: int
     where: Segments
     chunks: Chunks
+    ids: npt.NDArray[np.int64]  # the step's own, as are positions
+    positions: npt.NDArray[np.int64]
     streams: npt.NDArray[np.uint64]
     drawn: npt.NDArray[np.uint64]  # the position of each token that is drawn
 
@@ -192,7 +194,8 @@ class ModelRunner:
             )
             single = all(count == 1 for _, _, count in step.placed)
             if single and len(step.ready) == len(step.placed) == len(drawn):
-                step.again = Again([s for s, _ in plan], epoch, where, chunks, seeded, at)
+                own = step.ids.numpy(), step.positions.numpy()
+                step.again = Again([s for s, _ in plan], epoch, where, chunks, *own, seeded, at)
         rows = step.segments[-1].stop
         step.hidden = run.run(step.ids, step.positions, where, self.pool, chunks, rows, step.draws)
 
@@ -212,8 +215,8 @@ class ModelRunner:
             if number >= last.chunks.room[i]:
                 return None
             last.chunks.pages[last.chunks.numbers[i, 3] + number] = step.placed[i][0].pages[number]
-        step.ids.numpy()[:rows] = step.draws.tokens
-        step.positions.numpy()[:rows] = at
+        last.ids[:rows] = step.draws.tokens
+        last.positions[:rows] = at
         last.drawn += np.uint64(1)
         step.draws.u[:] = step.draws.rules.drawn(uniforms_at(last.streams, last.drawn))
         self.program.run(

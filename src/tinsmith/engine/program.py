@@ -12,7 +12,8 @@ import ctypes
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,9 @@ ROWS = 768  # of a pass up to which a program is taken
 _FIELDS, _PRODUCT = 20, 10  # of an instruction, as in program.cpp, and of a product in linear.cpp
 _KEPT = 16  # numbers of rows that a program is kept laid out for
 _ALIGNED = 64  # bytes
+
+
+_Bound = Callable[[dict[int, Tensor]], Any]  # of the values of a run
 
 
 @functools.cache
@@ -126,6 +130,7 @@ class _Layout:
         self.parts: list[tuple[int, int] | Call] = []  # instructions [first, last), and calls between them
         self.given: dict[int, list[tuple[Table, tuple[int, int], int]]] = {}  # operands that are set in a run
         self.pages: list[tuple[tuple[int, int], Layer]] = []
+        self._bound: dict[int, tuple[_Bound, _Bound]] = {}  # by the id of a call
         self.pool_pages = -1  # which of a pool's pages the operands are
         self._fill()
         self.code_address: int = self.code.ctypes.data
@@ -181,6 +186,29 @@ class _Layout:
                 store = pool.keys if page.keys else pool.values
                 self.code[index] = store[page.layer].data_ptr()
             self.pool_pages = pool.generation
+
+    def call(self, call: Call, values: dict[int, Tensor]) -> Any:
+        """What a call gives. How its arguments come about is found out the first time."""
+        bound = self._bound.get(id(call))
+        if bound is None:
+            bound = self._bound[id(call)] = self._bind(call.args, values), self._bind(call.kwargs, values)
+        args, kwargs = bound
+        return call.function(*args(values), **kwargs(values))
+
+    def _bind(self, x: Any, values: dict[int, Tensor]) -> _Bound:
+        """What gives `real(x, values)` of this and of any later run, whose values have the same shapes."""
+        if isinstance(x, View) and x.value not in self.offsets:
+            if self.real(x, values) is values[x.value]:
+                return operator.itemgetter(x.value)
+            return lambda given: self.real(x, given)
+        if isinstance(x, (list, tuple)):
+            kind, parts = type(x), [self._bind(item, values) for item in x]
+            return lambda given: kind([part(given) for part in parts])
+        if isinstance(x, dict):
+            named = {k: self._bind(v, values) for k, v in x.items()}
+            return lambda given: {k: part(given) for k, part in named.items()}
+        made = self.real(x, values)  # a constant, or a place in the arena
+        return lambda _: made
 
     def real(self, x: Any, values: dict[int, Tensor]) -> Any:
         """The tensors that Views stand for."""
@@ -412,7 +440,7 @@ class Program:
         tail: npt.NDArray[np.int64] | None,
     ) -> None:
         if isinstance(part, Call):
-            made = part.function(*layout.real(part.args, values), **layout.real(part.kwargs, values))
+            made = layout.call(part, values)
             for value, x in zip(part.out, [made] if isinstance(made, Tensor) else made, strict=True):
                 values[value] = x
                 layout.give(value, x)
