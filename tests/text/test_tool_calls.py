@@ -175,6 +175,16 @@ def test_what_is_told_early_is_never_a_part_of_a_mark(template: str) -> None:
         assert not any(mark in told for mark in "<>[]|")
 
 
+@pytest.mark.parametrize("size", [7, 100_000])
+@pytest.mark.parametrize(
+    "mark", ["<|channel|>", "<|start|>", "to=", "<|message|>", "<|call|>", " ", "<think>"]
+)
+def test_a_model_that_repeats_a_mark_comes_to_an_end(mark: str, size: int) -> None:
+    """One that was trained to could otherwise hold up the server, and everybody with it."""
+    for template in (HARMONY, f"{HARMONY} <think>", f"{HERMES} <think>"):
+        in_pieces(Dialect.of(template).reader("", TOOLS), mark * 3000 + "end", size)
+
+
 def test_an_answer_ends_with_its_first_call_where_one_is_wanted() -> None:
     text = 'a<tool_call>{"name":"f","arguments":{"a":[1]}}</tool_call><tool_call>{"name":"g"}</tool_call> b'
     reader = Dialect.of(HERMES).reader("", TOOLS, parallel=False)

@@ -15,6 +15,7 @@ from .parts import Part, Reader, Thought, ToolCall, Tools
 from .thinking import TAGS, Thinking
 from .tool_calls import Format, format_of
 
+_PIECE = 4096  # characters
 _SWITCHES = ("enable_thinking", "thinking")  # how templates call what turns thoughts on and off
 
 
@@ -83,7 +84,13 @@ class _Answer:
         self._called = False
 
     def feed(self, text: str) -> list[Part]:
-        return self._sort(self._behind([text] if self._thinking is None else self._thinking.feed(text)))
+        # A whole answer in pieces, too: readers cut what they have read from what they hold.
+        found: list[Part] = []
+        for at in range(0, len(text), _PIECE):
+            piece = text[at : at + _PIECE]
+            parts = [piece] if self._thinking is None else self._thinking.feed(piece)
+            found += self._sort(self._behind(parts))
+        return found
 
     def rest(self) -> list[Part]:
         parts = self._behind([] if self._thinking is None else self._thinking.rest())

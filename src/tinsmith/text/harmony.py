@@ -28,6 +28,7 @@ class Harmony:
     def __init__(self) -> None:
         self._held = ""
         self._body = False  # whether what is held is a message's, or else its header's
+        self._seen = 0  # of a body, where no mark begins
         self._channel, self._recipient = "", ""
         self._given: type | None = None  # the kind of the last part, and whether its message has ended
         self._ended = False
@@ -49,12 +50,14 @@ class Harmony:
     def _read_header(self) -> bool:
         """Whether a body has begun."""
         bare = self._held.lstrip()
-        if not bare or any(head.startswith(bare) for head in _HEADS):
+        if len(self._held) < _LONGEST_HEADER and any(head.startswith(bare) for head in _HEADS):
             return False  # not known yet
-        end = self._held.find(_MESSAGE)
-        headless = not bare.startswith(_HEADS)  # a text without a header, as a model that was tuned may write
-        if headless or (end < 0 and len(self._held) > _LONGEST_HEADER):
+        end = self._held.find(_MESSAGE, 0, _LONGEST_HEADER)
+        head = next((head for head in _HEADS if bare.startswith(head)), "")
+        if not head or (end < 0 and len(self._held) >= _LONGEST_HEADER):
+            # A text without a header, as a model that was tuned may write.
             self._channel, self._recipient, self._body = "final", "", True
+            self._held = bare[len(head) :] if head else self._held
             return True
         if end < 0:
             return False
@@ -69,9 +72,11 @@ class Harmony:
     def _read_body(self, found: list[Part]) -> bool:
         """Whether the message has ended."""
         marks = (*_ENDS, _START, _CHANNEL)  # the last two where a model forgets to end one
-        ends = [(at, mark) for mark in marks if (at := self._held.find(mark)) >= 0]
+        ends = [(at, mark) for mark in marks if (at := self._held.find(mark, self._seen)) >= 0]
         if not ends:
-            if not self._recipient:
+            if self._recipient:
+                self._seen = max(0, len(self._held) - max(map(len, marks)) + 1)
+            else:
                 stop = len(self._held) - beginning(self._held, marks)
                 self._give(self._held[:stop], found)
                 self._held = self._held[stop:]
@@ -79,7 +84,7 @@ class Harmony:
         at, mark = min(ends)
         body, self._held = self._held[:at], self._held[at + (len(mark) if mark in _ENDS else 0) :]
         self._close(body, found)
-        self._body = False
+        self._body, self._seen = False, 0
         return True
 
     def _close(self, body: str, found: list[Part]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 from .parts import Part, ToolCall, beginning, call_of
@@ -79,23 +80,25 @@ class Whole:
     def rest(self) -> list[Part]:
         held, self._held = self._held, ""
         found: list[Part] = []
-        left = held.strip().removeprefix(_PYTHON).strip()
+        text, at = held.strip().removeprefix(_PYTHON).strip(), 0
+        decoder = json.JSONDecoder()
         try:
-            while left:
-                value, end = json.JSONDecoder().raw_decode(left)
+            while at < len(text):
+                value, end = decoder.raw_decode(text, at)
                 call = _of_object(value)
                 if call is None:
                     break
                 found.append(call)
-                left = left[end:].lstrip(" \n;,")
+                at = _BETWEEN.match(text, end).end()  # type: ignore[union-attr]
         except (ValueError, RecursionError):
             pass
-        if left or not found:
+        if at < len(text) or not found:
             return [held] if held else []
         return found
 
 
 _PYTHON = "<|python_tag|>"
+_BETWEEN = re.compile(r"[ \n;,]*")
 
 
 def _of_object(value: object) -> ToolCall | None:

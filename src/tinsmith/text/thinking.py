@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .parts import Part, Thought, beginning
 
+_MOST_BLANK = 64  # characters before a thought
 TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 
@@ -20,9 +21,10 @@ class Thinking:
         self._held += text
         if self._state == "start":
             bare = self._held.lstrip()
-            if bare.startswith(self._open):
+            blank = len(self._held) - len(bare)
+            if bare.startswith(self._open) and blank <= _MOST_BLANK:
                 self._state, self._held = "opened", bare[len(self._open) :]
-            elif self._open.startswith(bare):
+            elif self._open.startswith(bare) and blank <= _MOST_BLANK:
                 return []  # not known yet
             else:
                 self._state = "answer"
