@@ -6,7 +6,9 @@ The model of bench/train.py on a server of our own. One organization works stead
 4 x 128 tokens, or a request for 4 sequences of 32 tokens, one after the other. Another floods the server from
 a process of its own: training (four runs with eight requests of 4 x 512 tokens outstanding each), or samples
 (64 requests for two sequences of 256 tokens outstanding). With equal weights the steady one is entitled to
-half of the device, with weights 3:1 to three quarters: what it takes longer must not be more than that.
+half of the device, with weights 3:1 to three quarters: what it takes longer must not be more than that. What
+the flood still does is counted beside it (training as its requests end, so in lumps), and what of the cores
+its client takes, which no server can share out.
 
 Then what a queue does to calls that need no device: 500 requests of the flood wait, half of them training
 with bodies of 150 KB, each with its long poll.
@@ -16,11 +18,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +39,7 @@ from flood import PROTOBUF, QUEUE
 from serving import server
 
 KINDS = ("training", "samples")
+TOKENS = {"training": 4 * 128, "samples": 4 * 32}  # of one piece of the steady work
 
 
 @dataclass
@@ -41,6 +47,7 @@ class Service:
     """A server of our own with this one model, and a key for each organization."""
 
     url: str
+    key: str  # the operator's
     data: Path
     keys: dict[str, str]
 
@@ -57,14 +64,29 @@ class Service:
 @contextlib.contextmanager
 def service(folder: Path) -> Iterator[Service]:
     flags = ("--model", f"{MODEL}={folder}", "--dtype", "bf16", "--device", "cpu")
-    with server(*flags, orderly=False) as (url, _, data):
-        made = Service(url, data, {})
+    with server(*flags, orderly=False) as (url, key, data):
+        made = Service(url, key, data, {})
         for name in ("steady", "flood"):
             made.keys[name] = made.operate("keys", "create", name)
         yield made
 
 
 # Beside the flood
+
+
+def computed(made: Service) -> dict[str, float]:
+    """Tokens that the engine has trained on and sampled so far."""
+    request = urllib.request.Request(f"{made.url}/metrics", headers={"Authorization": f"Bearer {made.key}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        text = answer.read().decode()
+    found = re.findall(r'^tinsmith_engine_tokens_total\{kind="(train|sample)"\} (\S+)', text, re.M)
+    return {kind: float(count) for kind, count in found}
+
+
+def cpu_seconds(pid: int) -> float:
+    """That a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
@@ -229,6 +251,7 @@ def _spread(seconds: list[float]) -> str:
 def shares(made: Service, seconds: float, figure: Path | None) -> list[Target]:
     """The steady organization's work alone, and beside a flood."""
     found: dict[tuple[str, str, int], float] = {}
+    flood: dict[tuple[str, str, int], tuple[str, str]] = {}
     work = steady_work(made)
     say("alone")
     alone = {kind: float(np.median(times(do, seconds, 3))) for kind, do in work.items()}
@@ -236,17 +259,26 @@ def shares(made: Service, seconds: float, figure: Path | None) -> list[Target]:
         made.weigh(weight)
         for other in KINDS:
             say(f"beside a flood of {other}, {weight}:1")
-            with flooded(other, made):
+            with flooded(other, made) as process:
                 for kind, do in work.items():
-                    found[kind, other, weight] = float(np.median(times(do, seconds)))
+                    before, spent, start = computed(made), cpu_seconds(process.pid), time.perf_counter()
+                    took = times(do, seconds)
+                    passed, after = time.perf_counter() - start, computed(made)
+                    of = "train" if other == "training" else "sample"
+                    own = (1 + len(took)) * TOKENS[kind] if kind == other else 0
+                    rate = (after[of] - before[of] - own) / passed
+                    cores = (cpu_seconds(process.pid) - spent) / passed
+                    found[kind, other, weight] = float(np.median(took))
+                    flood[kind, other, weight] = f"{rate:.0f}", f"{cores:.2f}"
             finish_flood(made)
     made.weigh(1)
-    rows = [("steady", "flood", "weights", "alone ms", "beside it ms", "times alone", "its share allows")]
+    rows = [("steady", "flood", "weights", "alone ms", "beside it ms", "times alone", "its share allows",
+             "flood tok/s", "its client's cores")]  # fmt: skip
     targets = []
     for (kind, other, weight), took in sorted(found.items()):
         bound, ratio = (weight + 1) / weight, took / alone[kind]
         figures = (f"{1e3 * alone[kind]:.0f}", f"{1e3 * took:.0f}", f"{ratio:.2f}", f"{bound:.2f}")
-        rows.append((kind, other, f"{weight}:1", *figures))
+        rows.append((kind, other, f"{weight}:1", *figures, *flood[kind, other, weight]))
         label = f"steady {kind} beside a flood of {other}, {weight}:1: of its share"
         targets.append(Target(8, label, 0.9, bound / ratio))
     print(table(rows) + "\n", flush=True)
