@@ -27,10 +27,13 @@ from tests.harness import Raw, Server
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3-shaped model of two layers with a byte-level tokenizer."""
+    """A random Qwen3-shaped model of two layers with a byte-level tokenizer and a chat template."""
+    from tests.api.doors import TEMPLATE
     from tests.engine.tiny import make_model
 
-    return make_model("qwen3", tmp_path_factory.mktemp("models") / "tiny")
+    folder = make_model("qwen3", tmp_path_factory.mktemp("models") / "tiny")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +42,22 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     server = Server(tiny_model, tmp_path_factory.mktemp("server") / "data", "--poll-hold", "20")
     yield server.start()
     server.end()
+
+
+@pytest.fixture(scope="session")
+def _hardy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tiny_model, tmp_path_factory.mktemp("hardy") / "data", "--poll-hold", "20")
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def hardy(_hardy: Server) -> Iterator[Server]:
+    """A server that may be stopped, killed and started again, on data that all who do so have in common. For
+    tests that ask for no flags and for no empty folder: each start costs 3 s of CPU."""
+    yield _hardy if _hardy.runs() else _hardy.start()
+    if _hardy.runs():
+        _hardy.limit_file_size(None, everywhere=True)  # a test that fails leaves no full disk
 
 
 @pytest.fixture

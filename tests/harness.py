@@ -104,8 +104,11 @@ class Server:
             kill(pid)
         return pids[0]
 
+    def runs(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def end(self) -> None:
-        if self.process is not None and self.process.poll() is None:
+        if self.runs():
             self.kill()
 
     def log(self) -> str:

@@ -1,8 +1,7 @@
-"""A model that speaks: the tiny one with a chat template and weights that know two answers."""
+"""What the tiny model speaks: its chat template, and weights that know two answers."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +37,6 @@ TOOL = {
     "description": "of a city",
     "schema": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
-
-
-def speaking(tiny_model: Path, folder: Path) -> Path:
-    shutil.copytree(tiny_model, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
 
 
 def tokenizer_of(folder: Path):  # type: ignore[no-untyped-def]

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
 import httpx
 import pytest
 
-from tests.api.doors import ANSWER, QUESTION, RIDDLE, TOOL, speaking, teach, tokenizer_of
+from tests.api.doors import ANSWER, QUESTION, RIDDLE, TOOL, teach, tokenizer_of
 from tests.harness import KEY, MODEL, Server
 
 ASK = [{"role": "user", "content": "hello"}]
 TOOLS = [{"name": TOOL["name"], "description": TOOL["description"], "input_schema": TOOL["schema"]}]
-
-
-@pytest.fixture(scope="module")
-def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("anthropic")
-    server = Server(speaking(tiny_model, folder / "model"), folder / "data")
-    yield server.start()
-    server.end()
 
 
 @pytest.fixture(scope="module")

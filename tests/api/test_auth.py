@@ -101,14 +101,13 @@ def test_the_secret_behind_tokens_is_its_owners_alone(server: Server) -> None:
     assert stat.S_IMODE((server.data / "identity.key").stat().st_mode) == 0o600
 
 
-def test_a_client_outlives_the_secret_behind_its_token(make_server: Callable[..., Server]) -> None:
-    server = make_server().start()
-    with server.sdk() as client:
+def test_a_client_outlives_the_secret_behind_its_token(hardy: Server) -> None:
+    with hardy.sdk() as client:
         training = client.create_lora_training_client(base_model="tests/tiny", rank=4).result()
         training.forward_backward([datum()], "cross_entropy").result()
-        assert server.stop() == 0
-        (server.data / "identity.key").unlink()
-        server.start()
+        assert hardy.stop() == 0
+        (hardy.data / "identity.key").unlink()
+        hardy.start()
         assert training.forward_backward([datum()], "cross_entropy").result().metrics["loss:sum"] > 0
 
 

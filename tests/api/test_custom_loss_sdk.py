@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -112,18 +112,17 @@ def test_a_loss_belongs_to_its_session(server: Server, handle: Any) -> None:
             training.forward_backward(data(1), "custom", {"loss_id": handle.loss_id}).result()  # type: ignore[arg-type]
 
 
-def test_a_loss_outlives_the_server(make_server: Callable[..., Server]) -> None:
-    server = make_server().start()
-    client = tinker.ServiceClient(base_url=server.url, api_key=KEY)
+def test_a_loss_outlives_the_server(hardy: Server) -> None:
+    client = tinker.ServiceClient(base_url=hardy.url, api_key=KEY)
     handle = client.create_custom_loss(clipped, RANKS).result()
     path = create(client).save_state("s").result().path
-    server.kill()
-    server.start()
+    hardy.kill()
+    hardy.start()
     again = client.create_training_client_from_state(path).result()
     again.forward_backward_custom(data(2), handle).result()
-    assert server.raw().result(handle.loss_id) == {"type": "create_custom_loss", "loss_id": handle.loss_id}
+    assert hardy.raw().result(handle.loss_id) == {"type": "create_custom_loss", "loss_id": handle.loss_id}
     lost = f"{client.holder.get_session_id()}:loss:7"
-    assert "was kept" in server.raw().result(lost)["error"]
+    assert "was kept" in hardy.raw().result(lost)["error"]
 
 
 class TestRequests:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tests.api.doors import speaking
 from tests.api.fuzzing import Fuzzer, Ids, make_world
 from tests.harness import Raw, Server
 
@@ -20,8 +19,7 @@ ROLES = ("admin", "member", "viewer", "sampler", "nobody")
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One that holds no poll, so that waiting for what never comes costs nothing."""
-    folder = tmp_path_factory.mktemp("fuzz")
-    server = Server(speaking(tiny_model, folder / "model"), folder / "data", "--poll-hold", "0.1")
+    server = Server(tiny_model, tmp_path_factory.mktemp("fuzz") / "data", "--poll-hold", "0.1")
     yield server.start()
     server.end()
 

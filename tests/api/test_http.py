@@ -6,7 +6,7 @@ import concurrent.futures
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -536,19 +536,18 @@ def test_a_client_behind_a_proxy_is_told_the_models_name_as_its_tokenizer(raw: R
 
 
 def test_a_full_disk_while_saving_is_an_error_and_the_earlier_checkpoint_stays(
-    make_server: Callable[..., Server],
+    hardy: Server,
 ) -> None:
-    server = make_server().start()
-    raw = server.raw()
+    raw = hardy.raw()
     run = raw.run(raw.session())
     path = raw.result(raw.save(run, 1, "whole"))["path"]
-    folder = server.data / "blobs" / "checkpoints"
+    folder = hardy.data / "blobs" / "checkpoints"
     before = sorted(folder.iterdir())
-    server.limit_file_size(1000)
+    hardy.limit_file_size(1000)
     assert "error" in raw.result(raw.save(run, 2, "torn"))
     again = raw.result(raw.save(run, 3, "whole", overwrite=True))
     assert "error" in again
-    server.limit_file_size(None)
+    hardy.limit_file_size(None)
     assert sorted(folder.iterdir()) == before
     load = {"session_id": raw.session(), "model_seq_id": 0, "path": path, "optimizer": True}
     assert "error" not in raw.result(raw.ok("load_weights", load)["request_id"])
@@ -556,14 +555,13 @@ def test_a_full_disk_while_saving_is_an_error_and_the_earlier_checkpoint_stays(
 
 
 def test_a_full_disk_under_the_log_fails_what_comes_at_once(
-    make_server: Callable[..., Server],
+    hardy: Server,
 ) -> None:
-    server = make_server().start()
-    raw = server.raw()
+    raw = hardy.raw()
     session = raw.session()
     run = raw.run(session)
     assert "error" not in raw.result(raw.forward_backward(run, 1))
-    server.limit_file_size(1000, everywhere=True)
+    hardy.limit_file_size(1000, everywhere=True)
     small, large = training_body(run, 2), training_body(run, 3, (500,) * 40)
     refused = [
         raw.forward_backward(run, 2, small),
@@ -580,7 +578,7 @@ def test_a_full_disk_under_the_log_fails_what_comes_at_once(
         answer = raw.post(path, content)
         assert answer.status_code == 400
         assert "cannot write to its disk" in detail(answer)
-    server.limit_file_size(None, everywhere=True)
+    hardy.limit_file_size(None, everywhere=True)
     step = raw.result(raw.optim(run, 6))
     assert step["metrics"], "the gradient of seq_id 1 is still there, and the refused ones left none"
     assert "error" not in raw.result(raw.forward_backward(raw.run(session, 1), 1))

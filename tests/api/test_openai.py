@@ -7,8 +7,6 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,20 +14,12 @@ import openai
 import pytest
 from tinker import types
 
-from tests.api.doors import CALL, QUESTION, RIDDLE, THOUGHT, TOOL, speaking, teach, tokenizer_of
+from tests.api.doors import CALL, QUESTION, RIDDLE, THOUGHT, TOOL, teach, tokenizer_of
 from tests.harness import KEY, MODEL, Server, wait_for
 
 ASK = [{"role": "user", "content": "hello"}]
 PART = "messages[0].content[0]"
 TOOLS = [{"type": "function", "function": {"name": TOOL["name"], "parameters": TOOL["schema"]}}]
-
-
-@pytest.fixture(scope="module")
-def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("openai")
-    server = Server(speaking(tiny_model, folder / "model"), folder / "data")
-    yield server.start()
-    server.end()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import tinker
@@ -109,18 +109,17 @@ def test_an_optimizer_that_is_not_offered_is_refused_by_name(client: tinker.Serv
         create(client, OptimizerConfigBase(type="lion"))
 
 
-def test_it_survives_a_stop_bit_for_bit(make_server: Callable[..., Server]) -> None:
+def test_it_survives_a_stop_bit_for_bit(hardy: Server) -> None:
     """The run is put away whole and brought back: moments, steps and the accumulated gradient."""
-    server = make_server().start()
-    client = tinker.ServiceClient(base_url=server.url, api_key=KEY)
+    client = tinker.ServiceClient(base_url=hardy.url, api_key=KEY)
     stopped, straight = create(client, DIMUON), create(client, DIMUON)
     for training in (stopped, straight):
         train(training, STEP, 2)
         training.forward_backward([datum(20)], "cross_entropy").result()
     straight.optim_step(STEP).result()
     expected = logprobs(straight)
-    server.stop()
-    server.start()
+    hardy.stop()
+    hardy.start()
     stopped.optim_step(STEP).result()
     assert logprobs(stopped) == expected
     assert stopped.get_info().optimizer_config.type == "dimuon"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -170,15 +170,14 @@ def test_clones_of_a_sampler_never_share_a_request(
     assert clones[0].get_base_model() == MODEL
 
 
-def test_an_abandoned_sample_stops(make_server: Callable[..., Server]) -> None:
+def test_an_abandoned_sample_stops(hardy: Server) -> None:
     """The SDK sends cancel_future for a future that was cancelled, and the engine drops its sequences."""
-    server = make_server().start()
-    with server.sdk() as client:
+    with hardy.sdk() as client:
         sampler = client.create_sampling_client(base_model=MODEL).result()
         future = sampler.sample(PROMPT, 64, types.SamplingParams(max_tokens=400, stop=[]))
 
         def pending() -> int:
-            return int(server.raw().get("status").json()["engine"]["samples_pending"])
+            return int(hardy.raw().get("status").json()["engine"]["samples_pending"])
 
         wait_for(lambda: pending() > 0, what="the sample to begin")
         assert future.future().cancel()

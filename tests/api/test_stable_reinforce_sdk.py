@@ -166,15 +166,14 @@ def test_sequences_outlive_the_server_and_go_after_a_day(
     wait_for(lambda: not files(server), 20.0, "the session's folder to go with the session")
 
 
-def test_a_full_disk_fails_the_sample_and_nothing_else(make_server: Callable[..., Server]) -> None:
-    server = make_server().start()
-    with server.sdk() as client:
+def test_a_full_disk_fails_the_sample_and_nothing_else(hardy: Server) -> None:
+    with hardy.sdk() as client:
         training = create(client)
         sampler = training.save_weights_and_get_sampling_client(record_stability_info=True).result()
         plain = client.create_sampling_client(base_model=MODEL).result()
-        server.limit_file_size(64)
+        hardy.limit_file_size(64)
         with pytest.raises(tinker.RequestFailedError, match="could not be recorded"):
             sampler.sample(PROMPT, 1, PARAMS).result()
         assert plain.sample(PROMPT, 1, PARAMS).result().sequences
-        server.limit_file_size(None)
+        hardy.limit_file_size(None)
         assert sampler.sample(PROMPT, 1, PARAMS).result().sequences

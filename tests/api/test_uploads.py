@@ -262,18 +262,17 @@ class TestRefused:
 
 
 def test_an_upload_survives_a_restart_and_nothing_is_left_of_it(
-    make_server: Callable[..., Server], training: tinker.TrainingClient, files: Files
+    hardy: Server, training: tinker.TrainingClient, files: Files
 ) -> None:
-    server = make_server().start()
-    raw = server.raw()
+    raw = hardy.raw()
     started = start(raw)
     for name, content in files.items():
         assert httpx.put(started["urls"][name], content=content).status_code == 200
-    server.kill()
-    server.start()
+    hardy.kill()
+    hardy.start()
     body = {"upload_id": started["upload_id"]}
-    path = server.raw().ok("external_weights_upload_finish", body)["tinker_path"]
-    server.kill()
-    server.start()
-    assert list((server.data / "blobs" / "uploads").iterdir()) == []
-    assert server.raw().ok("weights_info", {"tinker_path": path})["lora_rank"] == 4
+    path = hardy.raw().ok("external_weights_upload_finish", body)["tinker_path"]
+    hardy.kill()
+    hardy.start()
+    assert list((hardy.data / "blobs" / "uploads").iterdir()) == []
+    assert hardy.raw().ok("weights_info", {"tinker_path": path})["lora_rank"] == 4

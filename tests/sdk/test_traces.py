@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,16 +115,15 @@ def test_the_program_downloads_a_trace(program: Program, session: str, tmp_path:
     assert "no session" in program.fails("session", "export-trace", "none")
 
 
-def test_what_was_recorded_survives_a_restart(make_server: Callable[..., Server]) -> None:
-    server = make_server().start()
-    raw = server.raw()
+def test_what_was_recorded_survives_a_restart(hardy: Server) -> None:
+    raw = hardy.raw()
     session = raw.session()
     run = raw.run(session)
     for seq in range(1, 4):
         raw.result(raw.optim(run, seq))
-    server.stop()
-    server.start()
-    raw = server.raw()
+    hardy.stop()
+    hardy.start()
+    raw = hardy.raw()
     raw.result(raw.optim(run, 4))
-    outer = [s[0] for each in slices(export(server, session)).values() for s in each if s[1] == 0]
+    outer = [s[0] for each in slices(export(hardy, session)).values() for s in each if s[1] == 0]
     assert sorted(outer) == ["create_model 0", *(f"optim_step {seq}" for seq in range(1, 5))]

@@ -212,8 +212,8 @@ def test_a_sample_that_nobody_fetched_is_entered_when_it_is_forgotten(
     wait_for(lambda: tokens(usage(server)) == Counter(prefill=20, sample=5), what="it to be entered")
 
 
-def test_storage_is_counted_while_a_checkpoint_is_there(server: Server) -> None:
-    raw = server.raw(server.new_key("saver"))
+def test_storage_is_counted_while_a_checkpoint_is_there(hardy: Server) -> None:
+    raw = hardy.raw(hardy.new_key("saver"))
     run = raw.run(raw.session())
     for seq, name in ((1, "kept"), (2, "deleted")):
         raw.result(raw.save(run, seq, name))
@@ -223,7 +223,7 @@ def test_storage_is_counted_while_a_checkpoint_is_there(server: Server) -> None:
     deleted = time.time()
     size = raw.get("checkpoints").json()["checkpoints"][0]["size_bytes"]
     time.sleep(0.5)
-    rows = usage(server, "--org", "saver")
+    rows = usage(hardy, "--org", "saver")
     now = time.time()
     (row,) = rows
     assert row["checkpoints"] == "2"
