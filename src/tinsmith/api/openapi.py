@@ -15,7 +15,8 @@ from tinsmith import __version__
 
 from .door_operations import DOORS
 from .http import PROTOBUF
-from .operations import CHECKPOINT_NAME, OPERATIONS
+from .operations import OPERATIONS
+from .records import CHECKPOINT_NAME
 from .schemas import Operation, Schema, name_of, one_of, text
 
 ROOT = "/api/v1/"

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from tinsmith.wire.requests import HOUR, TEN_YEARS
-from tinsmith.wire.sample_request import MOST_SAMPLES
 from tinsmith.wire.telemetry import SEVERITIES
 
+from .records import (
+    ADAM,
+    AUDIT_ENTRY,
+    CHECKPOINT,
+    EMPTY,
+    FUTURE,
+    LISTING,
+    LORA,
+    MODEL,
+    NAME,
+    OPTIMIZER,
+    PAGE,
+    PASS,
+    PLACE,
+    PROMPT,
+    RECEIPT,
+    RUN,
+    SAMPLE,
+    SAMPLING_PLACE,
+    SAVE,
+    SESSION,
+    SESSION_SUMMARY,
+    SIGNED,
+    STORED,
+    TARGET,
+    TINKER_PATH,
+    TRAINING_RUN,
+    TTL,
+    USAGE,
+)
 from .schemas import (
     ANY,
     BOOLEAN,
     CURSOR,
-    INT32,
     INTEGER,
     METADATA,
     NUMBER,
@@ -18,7 +45,6 @@ from .schemas import (
     TEXTS,
     TIME,
     Operation,
-    Schema,
     array,
     integer,
     mapping,
@@ -29,173 +55,6 @@ from .schemas import (
     record,
     text,
 )
-
-CHECKPOINT_NAME = r"^[A-Za-z0-9_.\-+=@,:~ ]*[A-Za-z0-9_\-+=@,:~][A-Za-z0-9_.\-+=@,:~ ]*$"
-_PATH = r"^tinker://[^/]+/(weights|sampler_weights|external_weights)/[^/]+$"
-
-
-_EMPTY = record({})
-_SESSION = name_of("session")
-_RUN = name_of("run")
-_MODEL = name_of("model")
-_TINKER_PATH = name_of("path", longest=2048, pattern=_PATH)
-_TTL = integer(HOUR, TEN_YEARS)
-_PAGE: dict[str, Schema] = {"limit": INTEGER, "offset": INTEGER}
-_ACCESS: dict[str, Schema] = {"access_scope": one_of("owned", "accessible")}
-_LISTING: dict[str, Schema] = {**_PAGE, **_ACCESS}
-_SIGNED: dict[str, Schema] = {"expires": STRING, "signature": STRING}
-_PLACE = integer(0)
-
-_RECEIPT = record({"request_id": STRING, "model_id": maybe(STRING)})
-_OPTIMIZER = record({"type": one_of("adamw", "dimuon")}, {"version": INTEGER})
-
-_CHECKPOINT = record(
-    {
-        "checkpoint_id": STRING,
-        "checkpoint_type": one_of("training", "sampler", "external"),
-        "time": TIME,
-        "tinker_path": STRING,
-        "size_bytes": maybe(INTEGER),
-        "public": BOOLEAN,
-        "user_metadata": maybe(TEXTS),
-        "expires_at": maybe(TIME),
-    }
-)
-
-_TRAINING_RUN = record(
-    {
-        "training_run_id": STRING,
-        "base_model": STRING,
-        "model_owner": STRING,
-        "is_lora": BOOLEAN,
-        "corrupted": BOOLEAN,
-        "lora_rank": maybe(INTEGER),
-        "last_request_time": TIME,
-        "last_checkpoint": maybe(_CHECKPOINT),
-        "last_sampler_checkpoint": maybe(_CHECKPOINT),
-        "user_metadata": maybe(TEXTS),
-    }
-)
-
-_SESSION_SUMMARY = record(
-    {
-        "session_id": STRING,
-        "created_at": TIME,
-        "owner": STRING,
-        "project_id": STRING,
-        "status": METADATA,
-        "checkpoints_count": INTEGER,
-        "checkpoint_storage_bytes": INTEGER,
-        "display_name": maybe(STRING),
-        "user_metadata": maybe(TEXTS),
-    }
-)
-
-_ADAM = record(
-    {},
-    {
-        "type": one_of("adam", "adamw"),
-        "learning_rate": number(minimum=0),
-        "beta1": number(minimum=0, exclusiveMaximum=1),
-        "beta2": number(minimum=0, exclusiveMaximum=1),
-        "eps": number(minimum=0),
-        "weight_decay": number(minimum=0),
-        "grad_clip_norm": number(minimum=0),
-    },
-)
-
-_LORA = record(
-    {"rank": integer(1)},
-    {"seed": INTEGER, "train_attn": BOOLEAN, "train_mlp": BOOLEAN, "train_unembed": BOOLEAN},
-)
-
-_CHUNK = record(
-    {"tokens": array(integer(0, INT32))},
-    {"type": one_of("encoded_text")},
-)
-_PROMPT = record({"chunks": array(_CHUNK, minItems=1)})
-
-_SAMPLING_PARAMS = record(
-    {},
-    {
-        "max_tokens": integer(1, INT32),
-        "seed": integer(-(2**63), 2**64 - 1),
-        "temperature": number(minimum=0),
-        "top_k": integer(-1, INT32),
-        "top_p": number(exclusiveMinimum=0, maximum=1),
-        "stop": {"anyOf": [text(), array(text()), array(integer(0, INT32))]},
-    },
-)
-
-_SAMPLE: dict[str, Schema] = {
-    "sampling_params": _SAMPLING_PARAMS,
-    "num_samples": integer(1, MOST_SAMPLES),
-    "prompt_logprobs": BOOLEAN,
-    "topk_prompt_logprobs": integer(0, INT32),
-    "topk_sample_logprobs": integer(0, INT32),
-    "prompt_alt_tokens_k": integer(0, INT32),
-}
-
-_SAVE: dict[str, Schema] = {
-    "ttl_seconds": _TTL,
-    "overwrite": BOOLEAN,
-    "user_metadata": TEXTS,
-}
-_NAME: Schema = {"type": "string", "minLength": 1, "maxLength": 256, "pattern": CHECKPOINT_NAME}
-
-_TENSOR = record({"data": array(NUMBER), "dtype": one_of("int64", "float32"), "shape": array(integer(0))})
-_DATUM = record({"model_input": _PROMPT, "loss_fn_inputs": mapping(_TENSOR)})
-_PASS = record(
-    {"loss_fn": text(), "data": array(_DATUM)}, {"loss_fn_config": mapping({"type": ["number", "string"]})}
-)
-
-_SAMPLING_PLACE: dict[str, Schema] = {"session_id": _SESSION, "sampling_session_seq_id": _PLACE}
-_TARGET: dict[str, Schema] = {"model_id": _RUN, "seq_id": integer(1)}
-
-_AUDIT_ENTRY = record(
-    {
-        "timestamp": TIME,
-        "event": STRING,
-        "event_details": METADATA,
-        "model_id": maybe(STRING),
-        "tinker_path": maybe(STRING),
-        "purpose": maybe(STRING),
-    }
-)
-
-_USAGE = record(
-    {
-        "bucket_start": TIME,
-        "bucket_end": TIME,
-        "base_model": maybe(STRING),
-        "user_id": maybe(STRING),
-        "user_name": maybe(STRING),
-        "session_id": maybe(STRING),
-        "project_id": maybe(STRING),
-        "estimated_cost_usd": maybe(NUMBER),
-        "event_info": record(
-            {"type": one_of("training", "sampling_prefill", "sampling_sample", "checkpoint", "storage")}
-        ),
-    }
-)
-
-_STORED = record(
-    {
-        "project_id": maybe(STRING),
-        "org_user_urn": STRING,
-        "checkpoint_count": INTEGER,
-        "size_bytes": INTEGER,
-        "size_gigabytes": NUMBER,
-        "estimated_monthly_cost_usd": maybe(NUMBER),
-    }
-)
-
-_FUTURE = {
-    "anyOf": [
-        record({"error": STRING, "category": one_of("user", "server", "unknown")}),
-        record({}, {"type": STRING}),
-    ]
-}
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
     # Service
@@ -254,7 +113,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "status"): Operation("Figures for the operator", "service", answer=record({"ready": BOOLEAN})),
     # Identity
     ("POST", "auth/token"): Operation(
-        "A signed identity in exchange for a key", "identity", body=_EMPTY, answer=record({"jwt": STRING})
+        "A signed identity in exchange for a key", "identity", body=EMPTY, answer=record({"jwt": STRING})
     ),
     ("GET", "auth/apikey/me"): Operation(
         "What the key is called, and whose it is", "identity",
@@ -269,15 +128,15 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             }
         ),
     ),
-    ("DELETE", "auth/apikey/me"): Operation("Revoke the key", "identity", answer=_EMPTY),
+    ("DELETE", "auth/apikey/me"): Operation("Revoke the key", "identity", answer=EMPTY),
     ("GET", "audit"): Operation(
         "Who did what on one day", "identity",
         query={
             "event_type": one_of("all", "organizations", "teams", "projects", "checkpoints"),
             "day": {"type": "string", "format": "date"},
-            **_PAGE,
+            **PAGE,
         },
-        answer=record({"entries": array(_AUDIT_ENTRY), "cursor": CURSOR}),
+        answer=record({"entries": array(AUDIT_ENTRY), "cursor": CURSOR}),
     ),
     # Sessions
     ("POST", "create_session"): Operation(
@@ -295,11 +154,11 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         answer=record({"type": one_of("create_session"), "session_id": STRING}),
     ),
     ("POST", "session_heartbeat"): Operation(
-        "The client lives", "sessions", body=record({"session_id": _SESSION}),
+        "The client lives", "sessions", body=record({"session_id": SESSION}),
         answer=record({"type": one_of("session_heartbeat")}), statuses=(410,),
     ),
     ("GET", "sessions"): Operation(
-        "Sessions, the newest first", "sessions", query=_LISTING, answer=record({"sessions": array(STRING)})
+        "Sessions, the newest first", "sessions", query=LISTING, answer=record({"sessions": array(STRING)})
     ),
     ("GET", "sessions/{session_id}"): Operation(
         "A session's runs and samplers", "sessions",
@@ -318,7 +177,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             {},
             {"reason": record({}, {"type": one_of("success", "errored", "interrupted")}), "detail": STRING},
         ),
-        answer=_EMPTY,
+        answer=EMPTY,
     ),
     ("POST", "sessions/search"): Operation(
         "Sessions by name, project, owner, status and metadata", "sessions",
@@ -333,31 +192,31 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
                 "limit": integer(1, 200),
             },
         ),
-        answer=record({"sessions": array(_SESSION_SUMMARY), "next_cursor": maybe(METADATA)}),
+        answer=record({"sessions": array(SESSION_SUMMARY), "next_cursor": maybe(METADATA)}),
     ),
     ("PUT", "sessions/{session_id}/project"): Operation(
         "Move a session into a project", "sessions", body=record({"project_id": name_of("project")}),
-        answer=_EMPTY,
+        answer=EMPTY,
     ),
     ("GET", "sessions/{session_id}/trace_export"): Operation(
         "The session's timeline as a Perfetto trace, under a signed URL", "sessions",
         answer=record({"status": one_of("pending", "ready", "failed")}, {"url": STRING, "error": STRING}),
     ),
     ("GET", "traces/{name}"): Operation(
-        "A timeline's file", "sessions", query=_SIGNED,
+        "A timeline's file", "sessions", query=SIGNED,
         statuses=(403, 404, 410), key=False, files=True,
     ),
     # Training
     ("POST", "create_model"): Operation(
         "A new training run", "training",
         body=record(
-            {"session_id": _SESSION, "model_seq_id": _PLACE, "base_model": _MODEL, "lora_config": _LORA},
-            {"user_metadata": METADATA, "optimizer_config": _OPTIMIZER},
+            {"session_id": SESSION, "model_seq_id": PLACE, "base_model": MODEL, "lora_config": LORA},
+            {"user_metadata": METADATA, "optimizer_config": OPTIMIZER},
         ),
-        answer=_RECEIPT, statuses=(402, 410),
+        answer=RECEIPT, statuses=(402, 410),
     ),
     ("POST", "get_info"): Operation(
-        "About a run's model", "training", body=record({"model_id": _RUN}),
+        "About a run's model", "training", body=record({"model_id": RUN}),
         answer=record(
             {
                 "type": one_of("get_info"),
@@ -370,65 +229,65 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "forward"): Operation(
         "A forward pass, as SDKs before 0.27 ask for it", "training",
-        body=record({**_TARGET, "forward_input": _PASS}), answer=_RECEIPT, statuses=(402,),
+        body=record({**TARGET, "forward_input": PASS}), answer=RECEIPT, statuses=(402,),
     ),
     ("POST", "forward_backward"): Operation(
         "A pass whose gradients are accumulated; what is wrong with its content is told by its future",
-        "training", body=record({**_TARGET, "forward_backward_input": _PASS}), answer=_RECEIPT,
+        "training", body=record({**TARGET, "forward_backward_input": PASS}), answer=RECEIPT,
         statuses=(402,), protobuf_body="ForwardBackwardRequest",
     ),
     ("POST", "create_custom_loss"): Operation(
         "Take a traced loss; its future resolves to its id", "training",
-        body=record({"session_id": _SESSION}), answer=_RECEIPT, statuses=(402, 410),
+        body=record({"session_id": SESSION}), answer=RECEIPT, statuses=(402, 410),
     ),
     ("POST", "optim_step"): Operation(
         "An optimizer step on what was accumulated", "training",
-        body=record({**_TARGET, "adam_params": _ADAM}), answer=_RECEIPT, statuses=(402,),
+        body=record({**TARGET, "adam_params": ADAM}), answer=RECEIPT, statuses=(402,),
     ),
     ("POST", "save_weights"): Operation(
         "Save weights and optimizer state", "training",
-        body=record({**_TARGET, "path": _NAME}, _SAVE), answer=_RECEIPT, statuses=(402,),
+        body=record({**TARGET, "path": NAME}, SAVE), answer=RECEIPT, statuses=(402,),
     ),
     ("POST", "save_weights_for_sampler"): Operation(
         "Save weights to sample from", "training",
         body=record(
-            _TARGET,
+            TARGET,
             {
-                **_SAVE,
-                "path": _NAME,
-                "sampling_session_seq_id": _PLACE,
+                **SAVE,
+                "path": NAME,
+                "sampling_session_seq_id": PLACE,
                 "kind": one_of("snapshot", "inflight"),
             },
         ),
-        answer=_RECEIPT, statuses=(402,),
+        answer=RECEIPT, statuses=(402,),
     ),
     ("POST", "save_weights_external"): Operation(
         "Save weights for use elsewhere", "training",
         body=record(
-            {**_TARGET, "path": _NAME}, {**_SAVE, "age_encryption_recipients": array(text(), minItems=1)}
+            {**TARGET, "path": NAME}, {**SAVE, "age_encryption_recipients": array(text(), minItems=1)}
         ),
-        answer=_RECEIPT, statuses=(402,),
+        answer=RECEIPT, statuses=(402,),
     ),
     ("POST", "load_weights"): Operation(
         "Load a checkpoint into a run, or into a new run of a session", "training",
         body={
             "anyOf": [
-                record({**_TARGET, "path": _TINKER_PATH}, {"optimizer": BOOLEAN}),
+                record({**TARGET, "path": TINKER_PATH}, {"optimizer": BOOLEAN}),
                 record(
-                    {"session_id": _SESSION, "model_seq_id": _PLACE, "path": _TINKER_PATH},
-                    {"optimizer": BOOLEAN, "base_model": _MODEL, "user_metadata": METADATA},
+                    {"session_id": SESSION, "model_seq_id": PLACE, "path": TINKER_PATH},
+                    {"optimizer": BOOLEAN, "base_model": MODEL, "user_metadata": METADATA},
                 ),
             ]
         },
-        answer=_RECEIPT, statuses=(402, 410),
+        answer=RECEIPT, statuses=(402, 410),
     ),
     # Sampling
     ("POST", "create_sampling_session"): Operation(
         "A sampling client's place: a base model, or weights by their path", "sampling",
         body={
             "anyOf": [
-                record({**_SAMPLING_PLACE, "base_model": _MODEL}),
-                record({**_SAMPLING_PLACE, "model_path": _TINKER_PATH}),
+                record({**SAMPLING_PLACE, "base_model": MODEL}),
+                record({**SAMPLING_PLACE, "model_path": TINKER_PATH}),
             ]
         },
         answer=record({"type": one_of("create_sampling_session"), "sampling_session_id": STRING}),
@@ -448,10 +307,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         body={
             "anyOf": [
                 record(
-                    {"prompt": _PROMPT, "sampling_session_id": name_of("sampler"), "seq_id": _PLACE}, _SAMPLE
+                    {"prompt": PROMPT, "sampling_session_id": name_of("sampler"), "seq_id": PLACE}, SAMPLE
                 ),
-                record({"prompt": _PROMPT, "base_model": _MODEL}, _SAMPLE),
-                record({"prompt": _PROMPT, "model_path": _TINKER_PATH}, _SAMPLE),
+                record({"prompt": PROMPT, "base_model": MODEL}, SAMPLE),
+                record({"prompt": PROMPT, "model_path": TINKER_PATH}, SAMPLE),
             ]
         },
         answer=record(
@@ -463,63 +322,63 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "retrieve_future"): Operation(
         "The outcome of a request, held back until there is one", "results",
         body=record({"request_id": name_of("request")}, {"allow_metadata_only": BOOLEAN}),
-        answer=_FUTURE, statuses=(408, 410), protobuf_answer="ForwardBackwardOutput or SampleResponse",
+        answer=FUTURE, statuses=(408, 410), protobuf_answer="ForwardBackwardOutput or SampleResponse",
     ),
     ("POST", "retrieve_futures"): Operation(
         "Which of a sampling client's requests have ended", "results",
         body=record(
-            {"target": record({"sampling_session_id": name_of("sampler")}, {"cloned_sampler_id": _PLACE})},
-            {"prev_cursor": _PLACE, "timeout": number(minimum=0), "retrieved_request_ids": array(STRING)},
+            {"target": record({"sampling_session_id": name_of("sampler")}, {"cloned_sampler_id": PLACE})},
+            {"prev_cursor": PLACE, "timeout": number(minimum=0), "retrieved_request_ids": array(STRING)},
         ),
         answer=record({"completions": array(METADATA), "cursor": INTEGER}),
     ),
     ("POST", "cancel_future"): Operation(
-        "Stop a sample", "results", body=record({"request_id": name_of("request")}), answer=_EMPTY
+        "Stop a sample", "results", body=record({"request_id": name_of("request")}), answer=EMPTY
     ),
     # Runs and checkpoints
     ("POST", "weights_info"): Operation(
-        "What is needed to load a checkpoint", "checkpoints", body=record({"tinker_path": _TINKER_PATH}),
+        "What is needed to load a checkpoint", "checkpoints", body=record({"tinker_path": TINKER_PATH}),
         answer=record({"base_model": STRING, "is_lora": BOOLEAN, "lora_rank": maybe(INTEGER)}),
     ),
     ("GET", "training_runs"): Operation(
-        "Runs, the newest first", "checkpoints", query={**_LISTING, "project_id": name_of("project")},
-        answer=record({"training_runs": array(_TRAINING_RUN), "cursor": CURSOR}),
+        "Runs, the newest first", "checkpoints", query={**LISTING, "project_id": name_of("project")},
+        answer=record({"training_runs": array(TRAINING_RUN), "cursor": CURSOR}),
     ),
-    ("GET", "training_runs/{run_id}"): Operation("A run", "checkpoints", answer=_TRAINING_RUN),
+    ("GET", "training_runs/{run_id}"): Operation("A run", "checkpoints", answer=TRAINING_RUN),
     ("GET", "training_runs/{run_id}/checkpoints"): Operation(
         "A run's checkpoints", "checkpoints",
-        answer=record({"checkpoints": array(_CHECKPOINT), "cursor": maybe(CURSOR)}),
+        answer=record({"checkpoints": array(CHECKPOINT), "cursor": maybe(CURSOR)}),
     ),
     ("POST", "training_runs/{run_id}/checkpoints/{kind}/{name}/publish"): Operation(
-        "Let every organization read a checkpoint", "checkpoints", body=_EMPTY, answer=_EMPTY
+        "Let every organization read a checkpoint", "checkpoints", body=EMPTY, answer=EMPTY
     ),
     ("DELETE", "training_runs/{run_id}/checkpoints/{kind}/{name}/publish"): Operation(
-        "Let nobody else read it any more", "checkpoints", answer=_EMPTY
+        "Let nobody else read it any more", "checkpoints", answer=EMPTY
     ),
     ("PUT", "training_runs/{run_id}/checkpoints/{kind}/{name}/ttl"): Operation(
-        "Give a checkpoint an end, or none", "checkpoints", body=record({}, {"ttl_seconds": _TTL}),
-        answer=_EMPTY,
+        "Give a checkpoint an end, or none", "checkpoints", body=record({}, {"ttl_seconds": TTL}),
+        answer=EMPTY,
     ),
     ("DELETE", "training_runs/{run_id}/checkpoints/{kind}/{name}"): Operation(
-        "Delete a checkpoint", "checkpoints", answer=_EMPTY
+        "Delete a checkpoint", "checkpoints", answer=EMPTY
     ),
     ("GET", "checkpoints"): Operation(
-        "Checkpoints, the newest first", "checkpoints", query=_PAGE,
-        answer=record({"checkpoints": array(_CHECKPOINT), "cursor": CURSOR}),
+        "Checkpoints, the newest first", "checkpoints", query=PAGE,
+        answer=record({"checkpoints": array(CHECKPOINT), "cursor": CURSOR}),
     ),
     ("GET", "training_runs/{run_id}/checkpoints/{kind}/{name}/external_weights_urls"): Operation(
         "Signed URLs of an external checkpoint's files", "checkpoints",
         answer=record({"urls": TEXTS, "expires": TIME}),
     ),
     ("GET", "external_weights/{checkpoint_id}/{file}"): Operation(
-        "A file of external weights", "checkpoints", query=_SIGNED,
+        "A file of external weights", "checkpoints", query=SIGNED,
         statuses=(403, 404, 410), key=False, files=True,
     ),
     ("GET", "training_runs/{run_id}/checkpoints/{kind}/{name}/archive"): Operation(
         "Where a tar of a checkpoint's adapter is", "checkpoints", statuses=(302,)
     ),
     ("GET", "checkpoint_archives/{checkpoint_id}"): Operation(
-        "A tar of a checkpoint's adapter", "checkpoints", query=_SIGNED,
+        "A tar of a checkpoint's adapter", "checkpoints", query=SIGNED,
         statuses=(403, 404, 410), key=False, files=True,
     ),
     ("POST", "checkpoints/search"): Operation(
@@ -531,30 +390,30 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
                 "user_metadata": TEXTS,
                 "checkpoint_type": one_of("training", "sampler", "external"),
                 "owner": record({}, {"type": one_of("own", "everyone")}),
-                "base_models": array(_MODEL, minItems=1),
+                "base_models": array(MODEL, minItems=1),
                 "limit": integer(1, 200),
             },
         ),
-        answer=record({"checkpoints": array(_CHECKPOINT), "next_cursor": maybe(METADATA)}),
+        answer=record({"checkpoints": array(CHECKPOINT), "next_cursor": maybe(METADATA)}),
     ),
     ("POST", "copy_weights"): Operation(
         "Copy a checkpoint into a project, or into a session", "checkpoints",
         body=record(
-            {"source_path": _TINKER_PATH},
-            {"destination_project_id": name_of("project"), "session_id": _SESSION, "model_seq_id": _PLACE},
+            {"source_path": TINKER_PATH},
+            {"destination_project_id": name_of("project"), "session_id": SESSION, "model_seq_id": PLACE},
         ),
         answer=record({}), statuses=(402, 409, 410),
     ),
     ("POST", "external_weights_upload_start"): Operation(
         "Signed URLs that take a checkpoint's files from elsewhere", "checkpoints",
         body=record(
-            {"base_model": _MODEL, "lora_config": _LORA}, {"destination_project_id": name_of("project")}
+            {"base_model": MODEL, "lora_config": LORA}, {"destination_project_id": name_of("project")}
         ),
         answer=record({"upload_id": STRING, "urls": TEXTS, "expires": TIME}), statuses=(402,),
     ),
     ("PUT", "external_weights_uploads/{upload_id}/{file}"): Operation(
-        "Take a file of an upload", "checkpoints", query=_SIGNED, statuses=(403, 404, 410), key=False,
-        answer=_EMPTY, binary_body=True,
+        "Take a file of an upload", "checkpoints", query=SIGNED, statuses=(403, 404, 410), key=False,
+        answer=EMPTY, binary_body=True,
     ),
     ("POST", "external_weights_upload_finish"): Operation(
         "Make a checkpoint of an upload", "checkpoints", body=record({"upload_id": name_of("upload")}),
@@ -564,10 +423,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "billing/usage/events"): Operation(
         "Usage by the hour, with its cost", "billing",
         query={"starting_on": TIME, "ending_before": TIME}, required_query=("starting_on", "ending_before"),
-        answer=record({"data": array(_USAGE), "sessions": METADATA, "cost_data_through": maybe(TIME)}),
+        answer=record({"data": array(USAGE), "sessions": METADATA, "cost_data_through": maybe(TIME)}),
     ),
     ("GET", "billing/usage/checkpoints/current"): Operation(
         "What is stored now", "billing", query={"project_id": name_of("project")},
-        answer=record({"effective_rate_usd_per_gigabyte_month": maybe(NUMBER), "data": array(_STORED)}),
+        answer=record({"effective_rate_usd_per_gigabyte_month": maybe(NUMBER), "data": array(STORED)}),
     ),
 }  # fmt: skip
