@@ -198,6 +198,16 @@ def test_what_the_data_folder_lacks_is_told_and_hinders_nothing(data: Path, tmp_
     assert restore(tmp_path / "copy", tmp_path / "again").absent == made.absent
 
 
+def test_an_upload_without_a_file_yet_lacks_nothing(data: Path, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(data / reading.FILE)) as database:
+        database.execute(
+            "insert into uploads select 'u', org_id, project_id, user_id, key_id, 'm', '{}', 'uploads/u', 1,"
+            " null from sessions"
+        )
+        database.commit()
+    assert backup(data, tmp_path / "copy").absent == ()
+
+
 @pytest.mark.parametrize("name", ["copy", "copy.tar"])
 def test_an_interrupted_copy_leaves_nothing(
     data: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

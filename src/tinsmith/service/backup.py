@@ -126,7 +126,8 @@ def _gather(data: Path, farm: Path) -> tuple[str, ...]:
         _link_all(blobs, linked)
         with reading.read_only(farm / reading.FILE) as connection:
             needed = references.blobs(connection)
-        missing = {key for key in needed if not (linked / key).exists()}
+        # An upload has no folder before its first file has come.
+        missing = {key for key in needed if not key.startswith("uploads/") and not (linked / key).exists()}
         if not missing or missing == absent:  # what is missing twice in a row was not deleted meanwhile
             break
         absent = missing
