@@ -30,7 +30,7 @@ _LEAST = -1.0  # and so is what was received beyond
 _FALLS, _RISES = 0.3, 0.02  # by how much of what is measured an estimate moves
 LEAST_ROWS = 16  # fewer take as long
 HOLD = 0.025  # seconds: who mostly comes back sooner is waited for
-RECENT = 5.0  # seconds for which a key without work is expected back
+RECENT = 15.0  # seconds for which a key without work is expected back
 
 
 @dataclass(slots=True)
