@@ -32,6 +32,7 @@ from tinsmith.engine.model.attention import PADDING, pad_rows
 from tinsmith.engine.model.base import BaseModel
 from tinsmith.engine.model.packing import Pass, Segment
 from tinsmith.engine.paged_attention import Chunk, PagedAttention
+from tinsmith.engine.position_tables import PositionTables, of_positions
 from tinsmith.engine.recording import (
     ATTENTION,
     EMBEDDED,
@@ -128,11 +129,14 @@ class _Layout:
         self.code = np.zeros((len(self.steps), _FIELDS), np.int64)
         self.products = np.zeros((max(1, linears), _PRODUCT), np.int64)
         self.parts: list[tuple[int, int] | Call] = []  # instructions [first, last), and calls between them
+        self.of_positions, self.tabled = _of_positions(self.steps)
+        self._looked_up: dict[int, Tensor] = {}  # where values that are looked up lie
         self.given: dict[int, list[tuple[Table, tuple[int, int], int]]] = {}  # operands that are set in a run
         self.pages: list[tuple[tuple[int, int], Layer]] = []
         self._bound: dict[int, tuple[_Bound, _Bound]] = {}  # by the id of a call
         self.pool_pages = -1  # which of a pool's pages the operands are
         self._fill()
+        self.others = [p for p in self.parts[:-1] if not any(p is call for call in self.of_positions)]
         self.code_address: int = self.code.ctypes.data
 
     def _fill(self) -> None:
@@ -174,6 +178,24 @@ class _Layout:
             self.pages.append((index, operand))
         else:
             table[index] = operand.data_ptr() if isinstance(operand, Tensor) else operand
+
+    def look_up(self, tables: PositionTables, positions: Tensor, values: dict[int, Tensor]) -> None:
+        """Take what is of positions alone out of the tables."""
+        for value in tables.values:
+            out = self._looked_up.get(value)
+            if out is None:
+                with torch.inference_mode(False):
+                    out = self._looked_up[value] = tables.empty(value, len(positions))
+            tables.look_up(value, positions, out)
+            values[value] = out
+            self.give(value, out)
+
+    def computed(self, positions: Tensor) -> dict[int, Tensor]:
+        """What is of positions alone."""
+        values = {POSITIONS: positions}
+        for call in self.of_positions:
+            _keep(call, self.call(call, values), values)
+        return {value: values[value] for value in self.tabled}
 
     def give(self, value: int, x: Tensor) -> None:
         """Say where a value is that lies outside of the arena."""
@@ -245,6 +267,21 @@ def _writes(step: Native | Call) -> set[int]:
     return {step.out} if isinstance(step, Native) else set(step.out)
 
 
+def _of_positions(steps: Sequence[Native | Call]) -> tuple[list[Call], list[int]]:
+    """The calls that need positions alone, and those of their values that others need."""
+    own = of_positions([_reads(s) for s in steps], [_writes(s) for s in steps], POSITIONS)
+    calls = [step for i in own if isinstance(step := steps[i], Call)]
+    if len(calls) < len(own):
+        return [], []
+    needed = set().union(*(_reads(step) for i, step in enumerate(steps) if i not in own))
+    return calls, sorted(needed & set().union(*(_writes(call) for call in calls)))
+
+
+def _keep(call: Call, made: Any, values: dict[int, Tensor]) -> None:
+    for value, x in zip(call.out, [made] if isinstance(made, Tensor) else made, strict=True):
+        values[value] = x
+
+
 def _needed(steps: Sequence[Native | Call], result: View | None) -> list[Native | Call]:
     """Without those whose values nobody needs."""
     assert result is not None
@@ -311,6 +348,7 @@ class Program:
     def __init__(self, model: BaseModel, recording: Recording, names: tuple[str, ...]) -> None:
         self.model, self.recording, self.names = model, recording, names
         self._layouts: dict[int, _Layout] = {}
+        self._tables = PositionTables(_Layout(recording, PADDING.rows).tabled, self._of_positions)
         # What makes the logits; None where that is more than one product.
         self._head: linear.Matrix | None = None
         if model.head is not None and model.head.packed is not None and len(model.head.packed.matrices) == 1:
@@ -321,6 +359,9 @@ class Program:
     def draws(self) -> bool:
         """Whether it can go on to logits and tokens."""
         return self._head is not None
+
+    def _of_positions(self, positions: Tensor) -> dict[int, Tensor]:
+        return _Layout(self.recording, len(positions)).computed(positions)
 
     def where(self, segments: Sequence[Segment]) -> Segments:
         """The segments as the kernels know them; the adapters must outlive it."""
@@ -419,6 +460,9 @@ class Program:
         for value, x in values.items():
             layout.give(value, x)
         *parts, last = layout.parts
+        if self._tables.covers(positions):
+            layout.look_up(self._tables, positions, values)
+            parts = layout.others
         for part in parts:
             self._part(layout, part, values, step, None)
         # The tokens are drawn in the last run of instructions, if that is last and its result has a place.
@@ -440,10 +484,9 @@ class Program:
         tail: npt.NDArray[np.int64] | None,
     ) -> None:
         if isinstance(part, Call):
-            made = layout.call(part, values)
-            for value, x in zip(part.out, [made] if isinstance(made, Tensor) else made, strict=True):
-                values[value] = x
-                layout.give(value, x)
+            _keep(part, layout.call(part, values), values)
+            for value in part.out:
+                layout.give(value, values[value])
         else:
             first, last = part
             address = layout.code_address + first * _FIELDS * layout.code.itemsize
