@@ -206,7 +206,3 @@ def read_top_p(fields: Fields) -> float:
     if top_p <= 0:
         raise fields.error("top_p", f"must be greater than 0 and at most 1, not {top_p:g}")
     return top_p
-
-
-async def off_loop(work: Callable[[], T]) -> T:
-    return await asyncio.to_thread(work)

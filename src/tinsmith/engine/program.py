@@ -108,7 +108,8 @@ class Program:
     def __init__(self, model: BaseModel, recording: Recording, names: tuple[str, ...]) -> None:
         self.model, self.recording, self.names = model, recording, names
         self._layouts: dict[int, Layout] = {}
-        self._tables = PositionTables(Layout(recording, PADDING.rows).tabled, self._of_positions)
+        self._computing: dict[int, Layout] = {}  # by the positions whose values they compute
+        self._tables = PositionTables(self._computes(PADDING.rows).tabled, self._of_positions)
         # What makes the logits; None where that is more than one product.
         self._head: linear.Matrix | None = None
         if model.head is not None and model.head.packed is not None and len(model.head.packed.matrices) == 1:
@@ -120,8 +121,13 @@ class Program:
         """Whether it can go on to logits and tokens."""
         return self._head is not None
 
+    def _computes(self, rows: int) -> Layout:
+        if rows not in self._computing:
+            self._computing[rows] = Layout(self.recording, rows)
+        return self._computing[rows]
+
     def _of_positions(self, positions: Tensor) -> dict[int, Tensor]:
-        return Layout(self.recording, len(positions)).computed(positions)
+        return self._computes(len(positions)).computed(positions)
 
     def where(self, segments: Sequence[Segment]) -> Segments:
         """The segments as the kernels know them; the adapters must outlive it."""

@@ -4,30 +4,22 @@ audit log are one transaction; they work on a data folder whether or not a serve
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Literal, TypeVar
+from collections.abc import Mapping
+from typing import Literal
 
-from tinsmith.store import Connection, Store, audit, orgs, people, projects, teams
+from tinsmith.store import Connection, audit, orgs, people, projects, teams
 from tinsmith.store.audit import AuditRow, EventType
 from tinsmith.store.orgs import OrgRow
 from tinsmith.store.people import Role, UserRow
 from tinsmith.store.projects import ProjectRole, ProjectRow
 from tinsmith.store.teams import TeamRow
 
-from .audit import Actor, record
+from .acts import Acts
+from .audit import record
 from .named import AdminError, check_name, the_org, the_project, the_team, the_user
 
-T = TypeVar("T")
 
-
-class Administration:
-    def __init__(self, store: Store, actor: Actor) -> None:
-        self._store = store
-        self._actor = actor
-
-    def _do(self, work: Callable[[Connection], T]) -> T:
-        return self._store.write_now(work)
-
+class Administration(Acts):
     def _note(
         self,
         connection: Connection,

@@ -11,6 +11,7 @@ from tinsmith.store.orgs import OrgRow
 from tinsmith.store.people import Role, UserRow
 
 from .access import SCOPES
+from .acts import Acts
 from .audit import Actor, record
 from .keys import hash_key, make_key
 from .named import AdminError, check_name, the_key, the_org, the_project, the_user
@@ -24,17 +25,13 @@ class NewKey:
     row: KeyRow
 
 
-class KeyAdministration:
-    def __init__(self, store: Store, actor: Actor) -> None:
-        self._store = store
-        self._actor = actor
-
+class KeyAdministration(Acts):
     def all(self, org: str | None) -> list[KeyRow]:
         def work(connection: Connection) -> list[KeyRow]:
             org_id = the_org(connection, org).id if org is not None else None
             return [row for row in keys.every(connection) if org_id in (None, row.org_id)]
 
-        return self._store.write_now(work)
+        return self._do(work)
 
     def create(
         self,
@@ -95,7 +92,7 @@ class KeyAdministration:
             self._note_key(connection, row, "create", {"user_id": whose.id, **_limits(row)})
             return NewKey(key, row)
 
-        return self._store.write_now(work)
+        return self._do(work)
 
     def _user_of_key(
         self, connection: Connection, org: OrgRow, name: str, admin: bool, now: float
@@ -118,7 +115,7 @@ class KeyAdministration:
             self._note_key(connection, row, "revoke", {})
             return row
 
-        return self._store.write_now(work)
+        return self._do(work)
 
     def rotate(self, wanted: str, org: str | None = None, overlap: float = 0.0) -> NewKey:
         """Another key in place of one, which ends at once or after `overlap` seconds. A key that expires
@@ -151,7 +148,7 @@ class KeyAdministration:
             self._note_key(connection, old, "rotate", {"new_key_id": row.id, "overlap_seconds": overlap})
             return NewKey(key, row)
 
-        return self._store.write_now(work)
+        return self._do(work)
 
     def _note_key(self, connection: Connection, row: KeyRow, act: str, how: dict[str, object]) -> None:
         about = {"api_key_id": row.id, "api_key_name": row.name, "api_key_prefix": row.prefix}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TypeVar
 
-from tinsmith.store import Connection, Store, ledger, limits, orgs, projects
+from tinsmith.store import Connection, ledger, limits, orgs, projects
 from tinsmith.store.limits import LimitRow
 from tinsmith.store.scope import SERVER, Scope
 
-from .audit import Actor, record
+from .acts import Acts
+from .audit import record
 from .limits import ABOUT, DEFAULT, read_value
 from .metering import month_of, spent_by_place
 from .named import AdminError, the_org, the_project
 from .prices import GIGABYTE, plain
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +30,7 @@ class Shown:
     used: Decimal | None
 
 
-class LimitAdministration:
-    def __init__(self, store: Store, actor: Actor) -> None:
-        self._store = store
-        self._actor = actor
-
-    def _do(self, work: Callable[[Connection], T]) -> T:
-        return self._store.write_now(work)
-
+class LimitAdministration(Acts):
     def set(self, org: str | None, project: str | None, name: str, value: str | None) -> LimitRow | None:
         """Set a limit, or with no `value` take it away. `org` None: for all that have none of their own.
         Answers what holds then at this very place. Raises AdminError."""

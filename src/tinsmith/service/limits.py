@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
@@ -387,25 +387,6 @@ class Limits:
     def waiting(self) -> int:
         """Runs that wait for a place among the concurrent ones."""
         return len(self._queue)
-
-    def overview(self, place: Place, stored_bytes: int) -> Iterator[tuple[Name, Decimal, Decimal]]:
-        """Name, used and allowed of every limit that a place has."""
-        for name in ABOUT:
-            allowed = self.allowed(place, name)
-            if allowed is None or name == "weight":
-                continue
-            if name == "monthly_spend_usd":
-                used = self._spent(place)
-            elif name == "concurrent_runs":
-                used = Decimal(sum(place in places(each) for each in self._runs.values()))
-            elif name == "samples_in_flight":
-                used = Decimal(self._samples[place])
-            elif name == "storage_gb":
-                used = Decimal(stored_bytes) / GIGABYTE
-            else:
-                bucket = self._bucket(place, name)
-                used = Decimal(math.ceil(bucket.size - bucket.level)) if bucket is not None else Decimal(0)
-            yield name, used, allowed
 
 
 def _next_month(now: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 
 from tinsmith.engine.commands import EngineLost
 from tinsmith.store import Connection, commands, runs, sessions
@@ -18,7 +19,7 @@ from .session_status import failure_of_run
 log = logging.getLogger("tinsmith.service.run")
 
 
-class Recovery(RunState):
+class Recovery(RunState, ABC):
     _deaths = 0
 
     def engine_lost(self) -> None:
@@ -125,6 +126,6 @@ class Recovery(RunState):
             return plan.why_not is None and seq_id in plan.again
         return self._replay.under_way and seq_id in self._replay.again
 
+    @abstractmethod
     def _go_on(self) -> None:
         """Hand over what can be handed over."""
-        raise NotImplementedError

@@ -4,28 +4,18 @@ running server takes note within seconds."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TypeVar
 
-from tinsmith.store import Connection, Store, sessions
+from tinsmith.store import Connection, sessions
 from tinsmith.store.scope import Scope
 from tinsmith.store.sessions import SessionRow
 
-from .audit import Actor, record
+from .acts import Acts
+from .audit import record
 from .named import AdminError, the_org
 from .session_status import MOST_TEXT, how_it_ended
 
-T = TypeVar("T")
 
-
-class SessionAdministration:
-    def __init__(self, store: Store, actor: Actor) -> None:
-        self._store = store
-        self._actor = actor
-
-    def _do(self, work: Callable[[Connection], T]) -> T:
-        return self._store.write_now(work)
-
+class SessionAdministration(Acts):
     def newest(self, org: str, count: int) -> list[SessionRow]:
         """An organization's newest sessions. Raises AdminError."""
 

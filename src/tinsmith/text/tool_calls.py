@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from . import harmony
@@ -142,6 +142,23 @@ def _lfm(block: str) -> list[ToolCall] | None:
 _END = re.compile(r"\s*\Z")
 
 
+def _written(
+    pattern: re.Pattern[str], text: str, schemas: Mapping[str, object], *, unknown: bool
+) -> dict[str, object] | None:
+    """Arguments that are written one behind the other, each as `pattern`'s name and value; None where
+    something else is among them. unknown: whether what has no schema may be JSON."""
+    arguments: dict[str, object] = {}
+    at = 0
+    while not _END.match(text, at):
+        found = pattern.match(text, at)
+        if found is None:
+            return None
+        key = found[1].strip()
+        arguments[key] = typed(found[2], schemas.get(key), unknown=unknown)
+        at = found.end()
+    return arguments
+
+
 class _Coder:
     """`NAME>` and its parameters, each between <parameter=NAME> and </parameter>, on lines of its own."""
 
@@ -156,15 +173,8 @@ class _Coder:
         name, mark, body = block.partition(">")
         if not mark:
             return None
-        schemas, arguments, at = self._tools.get(name.strip(), {}), {}, 0
-        while not _END.match(body, at):
-            found = self._PARAMETER.match(body, at)
-            if found is None:
-                return None
-            key = found[1].strip()
-            arguments[key] = typed(found[2], schemas.get(key), unknown=False)
-            at = found.end()
-        return _one(call_of(name.strip(), arguments))
+        arguments = _written(self._PARAMETER, body, self._tools.get(name.strip(), {}), unknown=False)
+        return None if arguments is None else _one(call_of(name.strip(), arguments))
 
 
 class _Glm:
@@ -180,12 +190,8 @@ class _Glm:
     def __call__(self, block: str) -> list[ToolCall] | None:
         start = block.find("<arg_key>")
         name = block[: start if start >= 0 else len(block)].strip()
-        schemas, arguments, at = self._tools.get(name, {}), {}, len(block) if start < 0 else start
-        while not _END.match(block, at):
-            found = self._PAIR.match(block, at)
-            if found is None:
-                return None
-            key = found[1].strip()
-            arguments[key] = typed(found[2], schemas.get(key), unknown=True)
-            at = found.end()
-        return None if "\n" in name or name.startswith("{") else _one(call_of(name, arguments))
+        pairs = block[start:] if start >= 0 else ""
+        arguments = _written(self._PAIR, pairs, self._tools.get(name, {}), unknown=True)
+        if arguments is None or "\n" in name or name.startswith("{"):
+            return None
+        return _one(call_of(name, arguments))
